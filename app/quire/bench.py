@@ -1,0 +1,231 @@
+"""Measurements that anyone can repeat on their own machine and model: `quire bench ...`.
+
+Every number is taken in one run, methods in turn, against baselines in the same run; tables state how often. Knows
+what to compare, not how prompts are computed.
+"""
+
+import json
+import re
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from quire import paths
+from quire.session import Session
+from quire_engine.baselines import PlainLlama, prefix_only_ms
+from quire_engine.engine import Engine, Request
+from quire_engine.errors import QuireError
+from quire_engine.types import Answered, Text
+
+_QUESTION = "What do the documents say about the time before the war?"
+_ANSWER_TOKENS = 48
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TtftRow:
+    """First-token time of one method at one length. speedup: median of full prefill by the same runtime / median.
+
+    source: where stored KV came from: "memory" (page cache warm), "disk" (page cache dropped), or "" for none.
+    """
+
+    context_tokens: int
+    method: str
+    ratio: float
+    source: str
+    runs: int
+    median_ms: float
+    lowest_ms: float
+    highest_ms: float
+    speedup: float
+
+
+def ttft(session: Session, lengths: Sequence[int], ratios: Sequence[float], runs: int, say: Say) -> list[TtftRow]:
+    """Time to the first token of full prefill (this runtime, plain llama-cpp-python), prefix reuse and Quire."""
+    rows: list[TtftRow] = []
+    with _scratch_engine(session) as engine:
+        if engine.reuse_off:
+            raise QuireError(f"There is nothing to compare: {engine.reuse_off}")
+        for length in lengths:
+            rows += _Ttft(engine, _passages(session, engine, length)).run(ratios, runs, say)
+    return rows
+
+
+class _Ttft:
+    """One length: all methods in turn, several rounds."""
+
+    def __init__(self, engine: Engine, passages: tuple[str, ...]) -> None:
+        self._engine = engine
+        self._request = Request(_QUESTION, passages, max_tokens=1, insist=True)
+        self._prompt = engine.prompt(self._request)
+        room = len(self._prompt.tokens) + 64
+        self._plain = PlainLlama(engine.model_file, room, engine.threads)
+
+    def run(self, ratios: Sequence[float], runs: int, say: Say) -> list[TtftRow]:
+        tokens = self._prompt.context_tokens
+        say(f"{tokens} tokens of context: caching {len(self._prompt.chunks)} passages")
+        self._engine.cache(self._request.passages)
+        self._engine.runtime.reserve(2 * tokens + 2048)  # once, so that no method pays for growing
+        methods = self._methods(ratios)
+        times: dict[tuple[str, float, str], list[float]] = {name: [] for name in methods}
+        for number in range(runs):
+            for name, measure in methods.items():
+                times[name].append(measure())
+                say(f"  run {number + 1}/{runs}  {name[0]} {name[1]:.2f} {name[2]}: {times[name][-1]:.0f} ms")
+        self._plain.close()
+        full = statistics.median(times["full prefill", 1.0, ""])
+        return [
+            TtftRow(tokens, *name, len(ms), statistics.median(ms), min(ms), max(ms), full / statistics.median(ms))
+            for name, ms in times.items()
+        ]
+
+    def _methods(self, ratios: Sequence[float]) -> dict[tuple[str, float, str], Callable[[], float]]:
+        engine, prompt = self._engine, self._prompt
+        methods: dict[tuple[str, float, str], Callable[[], float]] = {
+            ("full prefill", 1.0, ""): lambda: self._quire(1.0, "memory"),
+            ("plain llama-cpp-python", 1.0, ""): lambda: self._plain.prefill_ms(prompt.tokens),
+            ("prefix only", 1.0, "memory"): lambda: prefix_only_ms(engine.runtime, engine.chunks, prompt),
+        }
+        for ratio in ratios:
+            for source in ("memory", "disk"):
+                methods["quire", ratio, source] = lambda r=ratio, s=source: self._quire(r, s)  # type: ignore[misc]
+        return methods
+
+    def _quire(self, ratio: float, source: str) -> float:
+        if source == "disk":
+            self._engine.chunks.store.drop_from_memory({segment.key for segment in self._prompt.stored})
+        request = Request(_QUESTION, self._request.passages, ratio, max_tokens=1, insist=True)
+        answered = [event for event in self._engine.answer(request) if isinstance(event, Answered)]
+        return answered[0].timings.first_token_ms
+
+
+@dataclass(frozen=True)
+class AnswersRow:
+    """How many gold answers one ratio's answers contain."""
+
+    ratio: float
+    selector: str
+    questions: int
+    contained: int
+    same_as_exact: int
+
+
+@dataclass(frozen=True)
+class _Case:
+    question: str
+    gold: tuple[str, ...]
+    passages: tuple[str, ...]
+
+
+def answers(
+    session: Session, data: Path, questions: int, passages: int, ratios: Sequence[float], say: Say
+) -> list[AnswersRow]:
+    """Asks questions of a SQuAD-like file over its articles' passages, exactly and at each ratio.
+
+    An answer counts when it contains a gold answer, letter case and punctuation aside.
+    """
+    cases = _cases(data, questions, passages)
+    selector = session.settings.selector
+    given: dict[float, list[str]] = {ratio: [] for ratio in dict.fromkeys((1.0, *ratios))}
+    with _scratch_engine(session) as engine:
+        for number, case in enumerate(cases, 1):
+            for ratio in given:
+                given[ratio].append(_answer(engine, case, ratio, selector))
+            hits = [_contains(texts[-1], case.gold) for texts in given.values()]
+            say(f"{number}/{len(cases)}  {'  '.join('yes' if hit else 'no ' for hit in hits)}  {case.question}")
+    return [
+        AnswersRow(
+            ratio,
+            selector,
+            len(cases),
+            sum(_contains(text, case.gold) for text, case in zip(texts, cases, strict=True)),
+            sum(text == exact for text, exact in zip(texts, given[1.0], strict=True)),
+        )
+        for ratio, texts in given.items()
+    ]
+
+
+def _answer(engine: Engine, case: _Case, ratio: float, selector: str) -> str:
+    request = Request(case.question, case.passages, ratio, selector, _ANSWER_TOKENS, insist=True)
+    return "".join(event.text for event in engine.answer(request) if isinstance(event, Text))
+
+
+def _cases(data: Path, questions: int, passages: int) -> list[_Case]:
+    """Questions spread over the articles, each with that article's first passages."""
+    try:
+        articles = json.loads(data.read_text())["data"]
+        cases: list[_Case] = []
+        for number in range(questions):
+            paragraphs = articles[number % len(articles)]["paragraphs"][:passages]
+            asked = paragraphs[number * 7 % len(paragraphs)]["qas"]
+            chosen = asked[number * 3 % len(asked)]
+            gold = tuple(answer["text"] for answer in chosen["answers"])
+            cases.append(_Case(chosen["question"], gold, tuple(p["context"] for p in paragraphs)))
+        return cases
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise QuireError(
+            f"{data} is not a question file.", "Give a JSON file in SQuAD's format (such as XQuAD).", repr(error)
+        ) from error
+
+
+def _contains(answer: str, gold: Sequence[str]) -> bool:
+    return any(_words(text) in _words(answer) for text in gold)
+
+
+def _words(text: str) -> str:
+    return re.sub(r"\W+", " ", text.lower()).strip()
+
+
+@contextmanager
+def _scratch_engine(session: Session) -> Iterator[Engine]:
+    """An engine like the session's whose cache is thrown away, so that a benchmark neither uses nor leaves anything."""
+    with tempfile.TemporaryDirectory(prefix="quire-bench-", dir=paths.cache_dir()) as folder:
+        yield session.make_engine(Path(folder))
+
+
+def _passages(session: Session, engine: Engine, tokens: int) -> tuple[str, ...]:
+    """Distinct passages of about so many tokens together: from the library, else from the sample documents."""
+    texts = [chunk.text for chunk in session.library.all_chunks()]
+    if sum(map(engine.count_tokens, texts)) < tokens:
+        texts = _sample_passages(tokens)
+    chosen: list[str] = []
+    for text in texts:
+        if tokens <= 0:
+            break
+        chosen.append(text)
+        tokens -= engine.count_tokens(text)
+    return tuple(chosen)
+
+
+def _sample_passages(tokens: int) -> list[str]:
+    """The sample documents in pieces of some 400 tokens, told apart by a number when they have to repeat."""
+    sample = paths.assets() / "sample"
+    words = " ".join(file.read_text() for file in sorted(sample.iterdir(), key=lambda f: f.name)).split()
+    pieces = [" ".join(words[start : start + 300]) for start in range(0, len(words), 300)]
+    return [f"Part {number}. {pieces[number % len(pieces)]}" for number in range(tokens // 250 + 1)]
+
+
+def as_json(rows: Sequence[TtftRow] | Sequence[AnswersRow]) -> str:
+    return json.dumps({"rows": [asdict(row) for row in rows]})
+
+
+def ttft_table(rows: Sequence[TtftRow]) -> list[str]:
+    lines = [f"{'context':>8}  {'method':<24}{'ratio':>6}  {'from':<7}{'runs':>5}{'median':>10}{'spread':>18}  speedup"]
+    for r in rows:
+        spread = f"{r.lowest_ms:.0f}-{r.highest_ms:.0f}"
+        lines.append(
+            f"{r.context_tokens:>8}  {r.method:<24}{r.ratio:>6.2f}  {r.source:<7}{r.runs:>5}"
+            f"{r.median_ms:>7.0f} ms{spread:>15} ms  {r.speedup:.2f}x"
+        )
+    return lines
+
+
+def answers_table(rows: Sequence[AnswersRow]) -> list[str]:
+    lines = [f"{'ratio':>6}  {'selector':<20}{'questions':>10}{'contain gold':>14}{'same as exact':>15}"]
+    for r in rows:
+        lines.append(f"{r.ratio:>6.2f}  {r.selector:<20}{r.questions:>10}{r.contained:>14}{r.same_as_exact:>15}")
+    return lines

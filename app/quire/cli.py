@@ -1,0 +1,295 @@
+"""The command line: parses words, calls the session, prints. Heavy modules are imported inside the commands.
+
+quire add DIR...    quire ask "question"    quire status    quire cache    quire remove DIR    quire bench ttft
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event as Flag
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from quire import __version__
+from quire_engine.errors import QuireError
+
+if TYPE_CHECKING:
+    from quire.session import Session
+
+_INTERRUPTED = 130
+
+
+class _Quire(click.Group):
+    """The one place where the command line shows an error."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QuireError as error:
+            click.secho(f"quire: {error.message}", fg="red", err=True)
+            if error.hint:
+                click.echo(f"       {error.hint}", err=True)
+            if error.details:
+                click.echo(f"       ({error.details})", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Quire)
+@click.version_option(__version__, prog_name="quire")
+def main() -> None:
+    """Chat with your own documents. Their KV is cached on disk, so the first word comes at once."""
+
+
+_model_option = click.option("--model", metavar="PATH", help="GGUF file to use instead of the bundled model.")
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@main.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--no-cache", is_flag=True, help="Make the text searchable and leave caching for later.")
+@_model_option
+def add(paths: tuple[Path, ...], no_cache: bool, model: str | None) -> None:
+    """Add folders or files: index their text (seconds), then cache their KV (minutes, can be stopped)."""
+    from quire import render
+
+    with _session(model=model) as session:
+        roots = [session.library.add_root(path) for path in paths]
+        with _progress("Reading") as bar:
+            report = session.index(roots, lambda p: bar(p.done, p.total))
+        for line in render.index_lines(report):
+            click.echo(line)
+        if not no_cache:
+            _cache(session)
+
+
+@main.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+def remove(paths: tuple[Path, ...]) -> None:
+    """Forget folders or files that were added. The files themselves stay untouched."""
+    with _session() as session:
+        for path in paths:
+            click.echo(f"Forgot {session.library.remove_root(path)} documents of {path}.")
+
+
+@main.command()
+@_model_option
+def cache(model: str | None) -> None:
+    """Cache the KV of everything that was added; goes on where it stopped."""
+    with _session(model=model) as session:
+        _cache(session)
+
+
+@main.command()
+@_model_option
+@_json_option
+def status(model: str | None, as_json: bool) -> None:
+    """Show what was added, what is cached, and which files were skipped and why."""
+    from quire import overview
+
+    with _session(model=model) as session:
+        state = overview.of(session)
+        click.echo(json.dumps(state.as_json(), indent=2) if as_json else "\n".join(state.lines()))
+
+
+@main.command()
+@click.argument("question")
+@click.option("--in", "within", type=click.Path(path_type=Path), help="Only documents in this folder or file.")
+@click.option("--ratio", type=float, help="Share of the reused tokens to compute again, 0 to 1.")
+@click.option("--dial", type=click.Choice(["fast", "balanced", "exact"]), help="Exact reads everything again.")
+@click.option("--selector", help="Which tokens are computed again: default, probe, spectral, first, ...")
+@click.option("--context-tokens", type=int, help="Tokens of documents that the question may use.")
+@click.option("--max-tokens", type=int, help="Longest answer.")
+@_model_option
+@_json_option
+def ask(question: str, within: Path | None, as_json: bool, **settings: Any) -> None:
+    """Answer a question from the documents, with its sources and what it took."""
+    from quire.library import EVERYWHERE
+    from quire.render import path_from_here
+
+    if settings["ratio"] is None and settings["dial"] is not None:
+        settings["ratio"] = ""  # a dial on the command line outranks a ratio in the file
+    with _session(**settings) as session, _interruptible() as stop:
+        place = within.expanduser().resolve() if within else EVERYWHERE
+        if within and not within.expanduser().exists():
+            raise QuireError(f"There is no file or folder {path_from_here(within)}.", "Check the path after --in.")
+        _Answering(session, as_json).show(session.ask(question, place, stop.is_set))
+        if stop.is_set():
+            sys.exit(_INTERRUPTED)
+
+
+class _Answering:
+    """Prints one answer as it comes."""
+
+    def __init__(self, session: "Session", as_json: bool) -> None:
+        self._session = session
+        self._as_json = as_json
+
+    def show(self, events: Iterator[Any]) -> None:
+        from quire import render
+        from quire.session import Found
+        from quire.terminal import printable
+        from quire_engine.types import Answered, Forecast, Text
+
+        text: list[str] = []
+        for event in events:
+            match event:
+                case Found():
+                    found = event
+                case Forecast():
+                    forecast = event
+                    self._say(render.forecast_line(forecast), err=True, dim=True)
+                case Text():
+                    text.append(printable(event.text))
+                    self._say(text[-1], end="")
+                case Answered():
+                    self._finish("".join(text), found, forecast, event)
+
+    def _finish(self, text: str, found: Any, forecast: Any, answered: Any) -> None:
+        from quire import render
+
+        if self._as_json:
+            click.echo(json.dumps(render.answer_json(text, found, forecast, answered, self._about()), indent=2))
+            return
+        self._say("\n\nSources" if answered.ending != "stopped" else "\n\nStopped. Sources")
+        for number, hit in enumerate(found.sources, 1):
+            self._say(f"  {number}. {render.source(hit)}")
+        self._say(render.truth_line(found, forecast, answered), dim=True)
+
+    def _about(self) -> dict[str, object]:
+        from quire.config import FromDial
+        from quire_engine.selection import selectors
+
+        settings, engine = self._session.settings, self._session.engine
+        return {
+            "selector": selectors.parse(settings.selector).name,
+            "dial": settings.dial if isinstance(settings.ratio, FromDial) else "custom",
+            "model": engine.model_name,
+            "runtime": engine.runtime.name,
+        }
+
+    def _say(self, text: str, end: str = "\n", err: bool = False, dim: bool = False) -> None:
+        if not self._as_json:
+            click.secho(text + end, nl=False, err=err, dim=dim)
+            (sys.stderr if err else sys.stdout).flush()
+
+
+# Measurements
+
+
+@main.group()
+def bench() -> None:
+    """Measure on this machine, with this model; every number comes with its baseline from the same run."""
+
+
+_ratios_option = click.option("--ratio", "ratios", default="0.08,0.16", show_default=True, help="Ratios to compare.")
+
+
+@bench.command()
+@click.option("--tokens", default="1000,2000,4000", show_default=True, help="Lengths of the context.")
+@_ratios_option
+@click.option("--runs", default=3, show_default=True, help="How often every method runs.")
+@_model_option
+@_json_option
+def ttft(tokens: str, ratios: str, runs: int, model: str | None, as_json: bool) -> None:
+    """Time to the first token: full prefill, plain llama-cpp-python, prefix reuse, Quire from memory and disk."""
+    from quire import bench as measure
+
+    with _session(model=model) as session:
+        rows = measure.ttft(session, _numbers(tokens, int), _numbers(ratios, float), runs, _to_stderr)
+        click.echo(measure.as_json(rows) if as_json else "\n".join(measure.ttft_table(rows)))
+
+
+@bench.command()
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Questions in SQuAD's JSON format.")
+@click.option("--questions", default=30, show_default=True, help="How many are asked.")
+@click.option("--passages", default=5, show_default=True, help="Passages of the question's article in the prompt.")
+@_ratios_option
+@click.option("--selector", help="Which tokens are computed again.")
+@_model_option
+@_json_option
+def answers(
+    data: Path, questions: int, passages: int, ratios: str, selector: str | None, model: str | None, as_json: bool
+) -> None:
+    """How many answers contain the gold answer, exactly and at each ratio."""
+    from quire import bench as measure
+
+    with _session(model=model, selector=selector) as session:
+        rows = measure.answers(session, data, questions, passages, _numbers(ratios, float), _to_stderr)
+        click.echo(measure.as_json(rows) if as_json else "\n".join(measure.answers_table(rows)))
+
+
+# What several commands share
+
+
+@contextmanager
+def _session(**overrides: Any) -> "Iterator[Session]":
+    """The session with flags over settings; flags that were not given are left out."""
+    from quire import config
+    from quire.session import Session
+
+    given = {name: value for name, value in overrides.items() if value is not None}
+    with Session(config.load(given)) as session:
+        yield session
+
+
+def _cache(session: "Session") -> None:
+    from quire import render
+
+    if reason := session.engine.reuse_off:
+        click.echo(f"Nothing is cached: {reason} Questions are answered by full prefill.")
+        return
+    with _interruptible() as stop, _progress("Caching") as bar:
+        done = session.cache(lambda p: bar(p.tokens_done, p.tokens_total), stop.is_set)
+    stored = render.size(session.engine.chunks.store.size_bytes())
+    click.echo(f"Cached {done.done} of {done.total} passages ({done.tokens_done} tokens); {stored} on disk.")
+    if stop.is_set():
+        click.echo("Stopped. `quire cache` goes on from here.")
+        sys.exit(_INTERRUPTED)
+
+
+@contextmanager
+def _interruptible() -> Iterator[Flag]:
+    """Within the block the first Ctrl-C asks the work to stop; a second one breaks it off."""
+    flag = Flag()
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        flag.set()
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr with an estimate; call it with (done, total). Silent where nobody watches."""
+    with click.progressbar(length=1, label=label, file=sys.stderr, show_eta=True) as bar:
+        started_at: list[int] = []
+
+        def show(done: int, total: int) -> None:
+            if not started_at:  # what was done before this run must not flatter the estimate
+                started_at.append(done)
+            bar.length = max(1, total - started_at[0])
+            bar.update(done - started_at[0] - bar.pos)
+
+        yield show
+
+
+def _to_stderr(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _numbers(text: str, kind: Callable[[str], Any]) -> list[Any]:
+    """Comma-separated numbers of an option. Raises QuireError."""
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise QuireError(f"{text!r} is not a list of numbers.", "Write for example 1000,2000,4000.") from error

@@ -1,0 +1,244 @@
+"""Keeps the index in step with the folders, and the cached KV in step with the index.
+
+Knows the order of the work: walk, compare, read, cut, store; then cache what is not cached yet. Does not know
+how a file is read or cut, how the index is stored, or which model runs: the engine is anything with the two
+methods of `CachingEngine`.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+from quire import chunking
+from quire.chunking import Passage
+from quire.config import Settings
+from quire.documents import Document, Unreadable, markup_of, read_document, walk
+from quire.library import Chunk, Library, StoredDocument
+from quire_engine.errors import Aborted
+
+ChangeKind = Literal["added", "changed", "moved", "removed"]
+
+_BATCH_CHUNKS = 4  # small: between two batches the work can stop
+
+
+@dataclass(frozen=True)
+class Change:
+    """One file that differed from the index. chunks_new: those that the index did not have."""
+
+    path: Path
+    kind: ChangeKind
+    chunks_new: int = 0
+    chunks_total: int = 0
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that could not be read, why, and what would help."""
+
+    path: Path
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class IndexProgress:
+    """After each file. total: files found."""
+
+    done: int
+    total: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """What one pass over the folders found. unchanged: files."""
+
+    changes: tuple[Change, ...]
+    skipped: tuple[Skipped, ...]
+    unchanged: int
+
+    def count(self, kind: ChangeKind) -> int:
+        """How many files were changed in this way."""
+        return sum(change.kind == kind for change in self.changes)
+
+    @property
+    def chunks_new(self) -> int:
+        """Chunks that the index did not have before."""
+        return sum(change.chunks_new for change in self.changes)
+
+    @property
+    def chunks_total(self) -> int:
+        """Chunks of all added, changed and moved files."""
+        return sum(change.chunks_total for change in self.changes)
+
+
+def index_roots(
+    library: Library,
+    roots: Iterable[Path],
+    count_tokens: Callable[[str], int],
+    chunker_signature: str,
+    settings: Settings,
+    progress: Callable[[IndexProgress], None],
+) -> IndexReport:
+    """Brings the index up to date with these folders and files.
+
+    chunker_signature: names the tokenizer behind count_tokens; documents cut under another one, another chunk
+    size or other rules are cut again.
+    """
+    return _Pass(library, count_tokens, chunker_signature, settings).run(list(roots), progress)
+
+
+class _Pass:
+    """One pass over some roots."""
+
+    def __init__(
+        self, library: Library, count_tokens: Callable[[str], int], tokenizer: str, settings: Settings
+    ) -> None:
+        self._library = library
+        self._count_tokens = count_tokens
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._known = {document.path: document for document in library.documents()}
+        self._origins: dict[str, list[Path]] = {}  # vanished files by their content
+        self._changes: list[Change] = []
+        self._skipped: list[Skipped] = []
+        self._unchanged = 0
+
+    def run(self, roots: Sequence[Path], progress: Callable[[IndexProgress], None]) -> IndexReport:
+        # An unplugged disk is not a deleted folder: of a root that is not there, everything is kept.
+        present = [root for root in roots if os.path.lexists(root)]
+        files = list(dict.fromkeys(file for root in present for file in walk(root)))
+        vanished = self._vanished(present, files)
+        for path in vanished:
+            self._origins.setdefault(self._known[path].sha256, []).append(path)
+        for done, file in enumerate(files, 1):
+            self._index(file)
+            progress(IndexProgress(done, len(files), file))
+        for path in vanished:  # last, so that a moved file still finds its chunks
+            self._library.forget(path)
+            known = self._known[path]
+            if known.state == "indexed" and path in self._origins[known.sha256]:
+                self._changes.append(Change(path, "removed"))
+        for root in set(roots) - set(present):
+            self._skipped.append(Skipped(root, "it is not there", "Restore it, or remove it from Quire."))
+        return IndexReport(tuple(self._changes), tuple(self._skipped), self._unchanged)
+
+    def _vanished(self, roots: Sequence[Path], files: Sequence[Path]) -> list[Path]:
+        """Documents of these roots whose files are gone, as far as one can see."""
+        found = set(files)
+        closed = [file for file in files if file.is_dir()]  # folders that refuse to be listed
+        elsewhere = [root for root in self._library.roots() if root not in roots]
+        return [
+            path
+            for path in self._known
+            if path not in found and _below(path, roots) and not _below(path, closed + elsewhere)
+        ]
+
+    def _index(self, file: Path) -> None:
+        signature = self._signature(file)
+        known = self._known.get(file)
+        if known and known.state == "indexed" and known.signature == signature and _same_stamp(file, known):
+            self._unchanged += 1
+            return
+        try:
+            document = read_document(file, self._settings.max_file_mb * 1_000_000)
+        except Unreadable as error:
+            self._skip(file, error)
+            return
+        if known and known.sha256 == document.sha256 and known.signature == signature:
+            self._library.restamp(file, document.size_bytes, document.mtime_ns)
+            self._unchanged += 1
+            return
+        self._store(file, document, signature)
+
+    def _store(self, file: Path, document: Document, signature: str) -> None:
+        known = self._known.get(file)
+        passages = self._library.passages_of_content(document.sha256, signature) or self._cut(document)
+        chunks_new = self._library.replace_document(
+            StoredDocument(file, document.size_bytes, document.mtime_ns, document.sha256, signature), passages
+        )
+        kind: ChangeKind = "changed" if known and known.state == "indexed" else "added"
+        if kind == "added" and self._origins.get(document.sha256):
+            self._origins[document.sha256].pop(0)
+            kind = "moved"
+        self._changes.append(Change(file, kind, chunks_new, len({p.chunk_id for p in passages})))
+
+    def _cut(self, document: Document) -> list[Passage]:
+        return chunking.split(document.text, self._count_tokens, self._settings.chunk_tokens, markup=document.markup)
+
+    def _skip(self, file: Path, error: Unreadable) -> None:
+        self._skipped.append(Skipped(file, error.reason, error.remedy))
+        record = StoredDocument(file, 0, 0, "", "", "skipped", error.reason, error.remedy)
+        if record != self._known.get(file) and _storable(file):
+            self._library.replace_document(record, [])
+
+    def _signature(self, file: Path) -> str:
+        """Everything besides the content that decides how a file is cut."""
+        parts = (self._tokenizer, chunking.VERSION, self._settings.chunk_tokens, markup_of(file))
+        return "/".join(map(str, parts))
+
+
+def _below(path: Path, folders: Iterable[Path]) -> bool:
+    return any(path.is_relative_to(folder) for folder in folders)
+
+
+def _same_stamp(file: Path, known: StoredDocument) -> bool:
+    try:
+        status = os.stat(file)
+    except OSError:
+        return False  # reading it will say why
+    return (status.st_size, status.st_mtime_ns) == (known.size_bytes, known.mtime_ns)
+
+
+def _storable(file: Path) -> bool:
+    """Whether SQLite accepts the name: it may hold bytes that are not UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in str(file))
+
+
+class CachingEngine(Protocol):
+    """What caching needs of the engine. Passages may come from any documents, in any order."""
+
+    def is_cached(self, passage: str) -> bool: ...
+    def cache(self, passages: Sequence[str], should_stop: Callable[[], bool]) -> None: ...
+
+
+@dataclass(frozen=True)
+class CacheProgress:
+    """How much of the library has its KV on disk, chunks cached before included."""
+
+    done: int
+    total: int
+    tokens_done: int
+    tokens_total: int
+
+
+def cache_pending(
+    chunks: Sequence[Chunk],
+    engine: CachingEngine,
+    progress: Callable[[CacheProgress], None],
+    should_stop: Callable[[], bool],
+) -> CacheProgress:
+    """Has the engine cache what it has not cached yet; returns how far it came.
+
+    Reports at the start and after each batch; stops soon after should_stop says so. Nothing has to be remembered
+    to go on later: the engine is asked what it has.
+    """
+    pending = [chunk for chunk in chunks if not engine.is_cached(chunk.text)]
+    tokens_total = sum(chunk.tokens for chunk in chunks)
+    tokens_cached = tokens_total - sum(chunk.tokens for chunk in pending)
+    state = CacheProgress(len(chunks) - len(pending), len(chunks), tokens_cached, tokens_total)
+    progress(state)
+    for start in range(0, len(pending), _BATCH_CHUNKS):
+        if should_stop():
+            break
+        batch = pending[start : start + _BATCH_CHUNKS]
+        try:
+            engine.cache([chunk.text for chunk in batch], should_stop)
+        except Aborted:
+            break
+        tokens = sum(chunk.tokens for chunk in batch)
+        state = replace(state, done=state.done + len(batch), tokens_done=state.tokens_done + tokens)
+        progress(state)
+    return state

@@ -1,0 +1,359 @@
+"""The index of the documents: which folders were added, what their files say, and full-text search over it.
+
+Knows SQLite; knows nothing of how files are read and cut, of models or of cached KV. Everything in it can be
+made again from the files. Text is content-addressed: a chunk is stored once, however many documents hold it.
+Safe for several processes at once; within a process each thread opens a Library of its own.
+"""
+
+import os
+import sqlite3
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal
+
+from sqlite_utils import Database, Migrations
+
+from quire.chunking import Passage
+from quire_engine.errors import QuireError
+
+_BUSY_SECONDS = 30.0
+_WEIGHTS = "1.0, 2.0, 2.0"  # of a word in the text, in the heading, in the file name
+_MOST_WORDS = 200  # of a question: a pasted page is found by fewer
+_ENGLISH = """
+a about am an and any are as at be been but by can could did do does for from had has have how i if in into is
+it its me my no not of on or our please should so some such tell than that the their them then there these
+they this to us was we were what when where which while who whom whose why will with would you your
+"""
+_STOPWORDS = frozenset(_ENGLISH.split())
+
+
+@dataclass(frozen=True)
+class Everywhere:
+    """A search that is not limited to one folder or file."""
+
+
+EVERYWHERE: Final = Everywhere()
+
+
+@dataclass(frozen=True)
+class StoredDocument:
+    """A file as the index knows it.
+
+    sha256: of its bytes.  signature: how it was cut.  reason, remedy: why it was skipped, else empty.
+    """
+
+    path: Path
+    size_bytes: int
+    mtime_ns: int
+    sha256: str
+    signature: str
+    state: Literal["indexed", "skipped"] = "indexed"
+    reason: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of text, wherever it stands. id: SHA-256 of the text."""
+
+    id: str
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A chunk found by a search, at the best of its places. score: higher is better."""
+
+    chunk_id: str
+    text: str
+    tokens: int
+    path: Path
+    start_line: int
+    end_line: int
+    heading: str
+    score: float
+
+
+_migrations = Migrations("quire.library")
+
+
+@_migrations()
+def create_tables(db: Database) -> None:
+    """Version 1. The full-text index reads through a view, so that no text is stored twice."""
+    for statement in (
+        "CREATE TABLE folders (path TEXT PRIMARY KEY)",
+        """CREATE TABLE documents (id INTEGER PRIMARY KEY, path TEXT NOT NULL UNIQUE, name TEXT NOT NULL,
+            size_bytes INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, sha256 TEXT NOT NULL, signature TEXT NOT
+            NULL,
+            state TEXT NOT NULL, reason TEXT NOT NULL, remedy TEXT NOT NULL)""",
+        "CREATE INDEX documents_by_content ON documents (sha256, signature)",
+        "CREATE TABLE chunks (id TEXT PRIMARY KEY, text TEXT NOT NULL, tokens INTEGER NOT NULL)",
+        """CREATE TABLE passages (id INTEGER PRIMARY KEY, document INTEGER NOT NULL REFERENCES documents,
+            ordinal INTEGER NOT NULL, chunk TEXT NOT NULL REFERENCES chunks, start_line INTEGER NOT NULL,
+            end_line INTEGER NOT NULL, heading TEXT NOT NULL, UNIQUE (document, ordinal))""",
+        "CREATE INDEX passages_by_chunk ON passages (chunk)",
+        """CREATE VIEW places AS SELECT passages.id, document, path, name, ordinal, chunk, text, tokens,
+            start_line, end_line, heading FROM passages
+            JOIN chunks ON chunks.id = chunk JOIN documents ON documents.id = document""",
+        """CREATE VIRTUAL TABLE words USING fts5 (text, heading, name,
+            content = 'places', content_rowid = 'id', tokenize = 'porter unicode61')""",
+    ):
+        db.execute(statement)
+
+
+class Library:
+    """The index in one SQLite file, made when missing. All methods raise QuireError where SQLite fails."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._explained():
+            self._db = Database(sqlite3.connect(path, timeout=_BUSY_SECONDS))
+        try:
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self) -> None:
+        with self._explained():
+            self._db.enable_wal()
+            self._db.execute("PRAGMA synchronous = NORMAL")  # power loss may cost the last files, not the index
+            self._db.execute("PRAGMA foreign_keys = ON")
+            applied = {migration.name for migration in _migrations.applied(self._db)}
+        known = {migration.name for migration in _migrations.pending(Database(memory=True))}
+        if not applied <= known:
+            raise QuireError(f"The index {self.path} belongs to a newer Quire.", "Update Quire.")
+        if applied != known:
+            with self._writing():  # so that of two processes starting at once the second finds it done
+                _migrations.apply(self._db)
+
+    def close(self) -> None:
+        """Closes the file; the library cannot be used afterwards."""
+        self._db.close()
+
+    def __enter__(self) -> "Library":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Folders
+
+    def add_root(self, path: Path) -> Path:
+        """Adds a folder or a single file; returns its resolved path. Adding it again changes nothing."""
+        root = path.expanduser().resolve()
+        if not root.exists():
+            raise QuireError(f"There is no file or folder {root}.", "Check the spelling.")
+        with self._writing():
+            self._db.execute("INSERT OR IGNORE INTO folders VALUES (?)", [str(root)])
+        return root
+
+    def remove_root(self, path: Path) -> int:
+        """Removes what was added and forgets its documents; returns how many. The files stay untouched.
+
+        Documents that lie under another root too are kept.
+        """
+        root = path.expanduser().resolve()
+        roots = self.roots()
+        if root not in roots:
+            above = next((other for other in roots if root.is_relative_to(other)), root)
+            hint = f"It lies inside {above}, which was added as a whole." if above != root else ""
+            raise QuireError(f"{root} was not added, so it cannot be removed.", hint)
+        others = [other for other in roots if other != root]
+        inside = [document.path for document in self.documents() if document.path.is_relative_to(root)]
+        gone = [file for file in inside if not any(file.is_relative_to(other) for other in others)]
+        with self._writing():
+            self._db.execute("DELETE FROM folders WHERE path = ?", [str(root)])
+            self._drop_orphans([chunk for file in gone for chunk in self._remove(file)])
+        return len(gone)
+
+    def roots(self) -> list[Path]:
+        """The folders and files that were added."""
+        return [Path(path) for (path,) in self._rows("SELECT path FROM folders ORDER BY path")]
+
+    # Documents
+
+    def replace_document(self, document: StoredDocument, passages: Sequence[Passage]) -> int:
+        """Stores a document in place of what its path held; returns how many chunks the index did not have.
+
+        All or nothing. Chunks that stay are not touched; those that no document holds any more are dropped.
+        """
+        chunks = {passage.chunk_id: passage for passage in passages}
+        with self._writing():
+            before = self._one("SELECT count(*) FROM chunks")
+            self._many(
+                # Another tokenizer counts other tokens for the same text.
+                "INSERT INTO chunks VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET tokens = excluded.tokens",
+                [(chunk, passage.text, passage.tokens) for chunk, passage in chunks.items()],
+            )
+            new_chunks = self._one("SELECT count(*) FROM chunks") - before
+            old_chunks = self._remove(document.path)
+            row = self._insert_document(document)
+            self._many(
+                "INSERT INTO passages (document, ordinal, chunk, start_line, end_line, heading)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                [(row, i, p.chunk_id, p.start_line, p.end_line, p.heading) for i, p in enumerate(passages)],
+            )
+            self._db.execute(
+                "INSERT INTO words (rowid, text, heading, name)"
+                " SELECT id, text, heading, name FROM places WHERE document = ?",
+                [row],
+            )
+            self._drop_orphans(old_chunks)
+        return new_chunks
+
+    def restamp(self, path: Path, size_bytes: int, mtime_ns: int) -> None:
+        """Notes that a file was touched without being changed."""
+        with self._writing():
+            self._db.execute(
+                "UPDATE documents SET size_bytes = ?, mtime_ns = ? WHERE path = ?",
+                [size_bytes, mtime_ns, str(path)],
+            )
+
+    def forget(self, path: Path) -> None:
+        """Drops a document and the chunks that only it held. Forgetting what is not there changes nothing."""
+        with self._writing():
+            self._drop_orphans(self._remove(path))
+
+    def documents(self) -> list[StoredDocument]:
+        """All documents, skipped ones included, ordered by path."""
+        rows = self._rows(
+            "SELECT path, size_bytes, mtime_ns, sha256, signature, state, reason, remedy FROM documents ORDER BY path"
+        )
+        return [StoredDocument(Path(path), *rest) for path, *rest in rows]
+
+    def chunks_of(self, path: Path) -> list[Passage]:
+        """The passages of one document, in order; none when it is not indexed."""
+        return [passage for _, passage in self._places("path = ? ORDER BY ordinal", str(path))]
+
+    def passages_of_content(self, sha256: str, signature: str) -> list[Passage]:
+        """How a file with these bytes was cut under this signature; none when no such file is known."""
+        same = "SELECT id FROM documents WHERE sha256 = ? AND signature = ? LIMIT 1"
+        found = self._places(f"document = ({same}) ORDER BY ordinal", sha256, signature)
+        return [passage for _, passage in found]
+
+    def all_chunks(self) -> list[Chunk]:
+        """Every chunk once, in the order of the documents and of their passages."""
+        rows = self._rows("SELECT chunk, text, tokens FROM places ORDER BY path, ordinal")
+        return list({row[0]: Chunk(*row) for row in rows}.values())
+
+    # Search
+
+    def search(self, question: str, limit: int, within: Path | Everywhere = EVERYWHERE) -> list[Hit]:
+        """The chunks that share words with the question, best first (BM25), each once.
+
+        The heading and the file name count too. within: one file, or everything below one folder.
+        """
+        query = _match_expression(question)
+        if not query:
+            return []
+        scope = "" if isinstance(within, Everywhere) else str(within.expanduser().resolve())
+        with self._reading():
+            # Ranked without their text: a common word would bring along most of the library.
+            rows = self._rows(
+                f"SELECT words.rowid, chunk, bm25(words, {_WEIGHTS}) AS score FROM words"
+                " JOIN passages ON passages.id = words.rowid JOIN documents ON documents.id = document"
+                " WHERE words MATCH ? AND (path = ? OR substr(path, 1, length(?)) = ?)"
+                " ORDER BY score, path, ordinal",
+                [query, scope, *[os.path.join(scope, "")] * 2],
+            )
+            best: dict[str, tuple[int, float]] = {}
+            for place, chunk, score in rows:
+                best.setdefault(chunk, (place, -score))
+            return [self._hit(place, score) for place, score in list(best.values())[: max(0, limit)]]
+
+    # Inside
+
+    def _hit(self, place: int, score: float) -> Hit:
+        [(path, p)] = self._places("id = ?", place)
+        return Hit(p.chunk_id, p.text, p.tokens, path, p.start_line, p.end_line, p.heading, score)
+
+    def _places(self, where: str, *arguments: str | int) -> list[tuple[Path, Passage]]:
+        columns = "path, text, tokens, start_line, end_line, heading"
+        rows = self._rows(f"SELECT {columns} FROM places WHERE {where}", arguments)
+        return [(Path(path), Passage(*rest)) for path, *rest in rows]
+
+    def _insert_document(self, document: StoredDocument) -> int:
+        values = {**vars(document), "path": str(document.path), "name": document.path.name}
+        columns, marks = ", ".join(values), ", ".join("?" * len(values))
+        self._db.execute(f"INSERT INTO documents ({columns}) VALUES ({marks})", list(values.values()))
+        return self._one("SELECT last_insert_rowid()")
+
+    def _remove(self, path: Path) -> list[str]:
+        """Deletes a document but not its chunks, which are returned."""
+        rows = self._rows("SELECT id, chunk FROM places WHERE path = ?", [str(path)])
+        # The words first: to delete them, SQLite reads what they were made of.
+        self._many("DELETE FROM words WHERE rowid = ?", [(place,) for place, _ in rows])
+        self._many("DELETE FROM passages WHERE id = ?", [(place,) for place, _ in rows])
+        self._db.execute("DELETE FROM documents WHERE path = ?", [str(path)])
+        return [chunk for _, chunk in rows]
+
+    def _drop_orphans(self, chunks: Iterable[str]) -> None:
+        self._many(
+            "DELETE FROM chunks WHERE id = ? AND NOT EXISTS (SELECT 1 FROM passages WHERE chunk = chunks.id)",
+            [(chunk,) for chunk in chunks],
+        )
+
+    def _rows(self, sql: str, arguments: Sequence[str | int] = ()) -> list[Any]:
+        with self._explained():
+            return self._db.execute(sql, list(arguments)).fetchall()
+
+    def _one(self, sql: str) -> int:
+        return int(self._rows(sql)[0][0])
+
+    def _many(self, sql: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        self._db.conn.executemany(sql, rows)
+
+    @contextmanager
+    def _transaction(self, begin: str) -> Iterator[None]:
+        with self._explained():
+            self._db.conn.execute(begin)
+            try:
+                yield
+                self._db.conn.execute("COMMIT")
+            except BaseException:
+                self._db.rollback()
+                raise
+
+    def _reading(self) -> AbstractContextManager[None]:
+        """Several queries see the same state, whatever another process writes in between."""
+        return self._transaction("BEGIN")
+
+    def _writing(self) -> AbstractContextManager[None]:
+        """Immediate: a transaction that began by reading could not wait for another writer."""
+        return self._transaction("BEGIN IMMEDIATE")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns the failures of SQLite into errors that a person can act on."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorname", "")
+            if code.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+                message = f"The index {self.path} is damaged."
+                hint = "Delete it; it is made again from your files. Cached work is not lost."
+            elif code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+                message = f"Another program keeps the index {self.path} locked."
+                hint = "Wait for the other Quire to finish, or close it."
+            else:
+                message = f"The index {self.path} cannot be used: {error}."
+                hint = "Check free space and permissions. If that does not help, delete it: it is made again."
+            raise QuireError(message, hint, repr(error)) from error
+        except UnicodeEncodeError as error:
+            raise QuireError("A file name is not valid UTF-8.", "Rename the file.", repr(error)) from error
+
+
+def _match_expression(question: str) -> str:
+    """The question's words as an FTS5 query, each quoted, joined by OR; empty when it has none."""
+    spaced = "".join(c if c.isalnum() or c == "_" or unicodedata.combining(c) else " " for c in question)
+    words = dict.fromkeys(spaced.lower().split())
+    chosen = [word for word in words if word not in _STOPWORDS] or list(words)
+    return " OR ".join(f'"{word}"' for word in chosen[:_MOST_WORDS])

@@ -1,0 +1,66 @@
+"""The state of library and cache at a glance: what `quire status` shows."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from quire import render
+from quire.library import StoredDocument
+from quire.session import Session
+
+
+@dataclass(frozen=True)
+class Overview:
+    """passages, cached: distinct passages in the library, and how many of them have their KV on disk."""
+
+    roots: tuple[Path, ...]
+    documents: int
+    skipped: tuple[StoredDocument, ...]
+    passages: int
+    cached: int
+    tokens: int
+    disk_bytes: int
+    model: str
+    reuse_off: str
+
+    def lines(self) -> list[str]:
+        lines = [f"Model      {self.model}"]
+        if self.reuse_off:
+            lines.append(f"           {self.reuse_off} Questions are answered by full prefill.")
+        lines += [f"Folder     {render.path_from_here(root)}" for root in self.roots]
+        if not self.roots:
+            lines.append("Folder     none yet. Add one: quire add ~/notes")
+        lines.append(f"Documents  {self.documents}")
+        lines.append(f"Passages   {self.passages} ({self.tokens} tokens), {self.cached} cached")
+        lines.append(f"On disk    {render.size(self.disk_bytes)} of KV")
+        lines += [f"Skipped    {render.path_from_here(d.path)}: {d.reason}. {d.remedy}" for d in self.skipped]
+        return lines
+
+    def as_json(self) -> render.Json:
+        return {
+            "folders": [str(root) for root in self.roots],
+            "documents": self.documents,
+            "passages": self.passages,
+            "cached": self.cached,
+            "tokens": self.tokens,
+            "disk_bytes": self.disk_bytes,
+            "model": self.model,
+            "reuse_off": self.reuse_off,
+            "skipped": [{"path": str(d.path), "reason": d.reason, "remedy": d.remedy} for d in self.skipped],
+        }
+
+
+def of(session: Session) -> Overview:
+    documents = session.library.documents()
+    chunks = session.library.all_chunks()
+    engine = session.engine
+    return Overview(
+        roots=tuple(session.library.roots()),
+        documents=sum(document.state == "indexed" for document in documents),
+        skipped=tuple(document for document in documents if document.state == "skipped"),
+        passages=len(chunks),
+        cached=sum(engine.is_cached(chunk.text) for chunk in chunks),
+        tokens=sum(chunk.tokens for chunk in chunks),
+        disk_bytes=engine.chunks.store.size_bytes(),
+        model=engine.model_name,
+        reuse_off=engine.known_reuse_off,
+    )

@@ -1,0 +1,142 @@
+"""How the command line says things: durations, sizes, sources, the line of truth, and the JSON of an answer.
+
+Pure functions from values to text or to what json.dumps takes. All text that came from documents or the model has
+passed `printable`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from quire.indexer import ChangeKind, IndexReport
+from quire.library import Hit
+from quire.session import Found
+from quire.terminal import printable
+from quire_engine.types import Answered, Forecast
+
+Json = dict[str, object]
+
+
+def duration(ms: float) -> str:
+    """42 ms, 1.3 s, 2 min 5 s."""
+    if ms < 1000:
+        return f"{ms:.0f} ms"
+    if ms < 60_000:
+        return f"{ms / 1000:.1f} s"
+    minutes, seconds = divmod(round(ms / 1000), 60)
+    return f"{minutes} min {seconds} s" if seconds else f"{minutes} min"
+
+
+def size(count: float) -> str:
+    """512 bytes, 3.1 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def path_from_here(path: Path) -> str:
+    """A path as short as it can be said from the current folder, safe for a terminal."""
+    here = Path.cwd()
+    shown = path.relative_to(here) if path.is_relative_to(here) else path
+    return printable(str(shown)).replace("\n", " ")
+
+
+def source(hit: Hit) -> str:
+    """notes/tea.md:12-30  Tea > Brewing"""
+    heading = printable(hit.heading).replace("\n", " ")
+    return f"{path_from_here(hit.path)}:{hit.start_line}-{hit.end_line}" + (f"  {heading}" if heading else "")
+
+
+def index_lines(report: IndexReport) -> list[str]:
+    """What one pass over the folders changed, and every file that was skipped with its reason."""
+    counts = [f"{report.count(kind)} {kind}" for kind in get_args(ChangeKind) if report.count(kind)]
+    counts += [f"{report.unchanged} unchanged"] if report.unchanged else []
+    lines = [f"Indexed: {', '.join(counts) or 'no readable file'}; {report.chunks_new} new passages."]
+    lines += [
+        f"  {path_from_here(change.path)} changed: {change.chunks_new} of {change.chunks_total} passages"
+        for change in report.changes
+        if change.kind == "changed"
+    ]
+    lines += [f"  skipped {path_from_here(s.path)}: {s.reason}. {s.remedy}" for s in report.skipped]
+    return lines
+
+
+def forecast_line(forecast: Forecast) -> str:
+    """What is about to happen."""
+    tokens = f"{forecast.context_tokens} tokens of context"
+    if forecast.missing_tokens and forecast.ratio < 1:
+        tokens += f", {forecast.missing_tokens} of them not cached yet"
+    expected = f"first word in about {duration(forecast.first_token_ms)}" if forecast.first_token_ms else ""
+    if forecast.ratio >= 1:
+        return "; ".join(part for part in (f"{tokens}, read in full", expected, forecast.reason) if part)
+    return f"{tokens}; {expected}, full prefill about {duration(forecast.full_prefill_ms)}"
+
+
+def truth_line(found: Found, forecast: Forecast, answered: Answered) -> str:
+    """What happened: where the tokens came from, what each step took, and what full prefill would have taken."""
+    tokens, t = answered.tokens, answered.timings
+    parts = [f"{tokens.reused} tokens reused", f"{tokens.recomputed} recomputed", f"{tokens.fresh} fresh"]
+    steps = {
+        "search": found.search_ms,
+        "encode": t.encode_ms,
+        "load": t.load_ms,
+        "probe": t.probe_ms,
+        "recompute" if answered.ratio < 1 else "prefill": t.recompute_ms,
+        "question": t.question_ms,
+    }
+    took = ", ".join(f"{name} {duration(ms)}" for name, ms in steps.items() if ms >= 1)
+    line = f"{', '.join(parts)} (ratio {answered.ratio:.2f}) | {took}"
+    if t.first_token_ms:
+        line += f" | first word {duration(found.search_ms + t.first_token_ms)}"
+        if answered.ratio < 1:
+            line += f", full prefill about {duration(forecast.full_prefill_ms)}"
+    return line + (f" | {speed(answered):.0f} tokens/s" if speed(answered) else "")
+
+
+def speed(answered: Answered) -> float:
+    """Generated tokens per second; 0 when nothing was generated."""
+    decode_ms = answered.timings.decode_ms
+    return 1000 * answered.tokens.generated / decode_ms if decode_ms else 0.0
+
+
+def answer_json(text: str, found: Found, forecast: Forecast, answered: Answered, about: Json) -> Json:
+    """One answer for scripts; `about` adds selector, dial, model and runtime."""
+    tokens, t = answered.tokens, answered.timings
+    return {
+        "answer": text,
+        "sources": sources_json(found.sources),
+        "tokens": {
+            "context": tokens.context,
+            "reused": tokens.reused,
+            "recomputed": tokens.recomputed,
+            "fresh": tokens.fresh,
+            "generated": tokens.generated,
+        },
+        "timings": {
+            "search_ms": round(found.search_ms, 3),
+            "encode_ms": round(t.encode_ms, 3),
+            "load_ms": round(t.load_ms, 3),
+            "probe_ms": round(t.probe_ms, 3),
+            "recompute_ms": round(t.recompute_ms, 3),
+            "question_ms": round(t.question_ms, 3),
+            "first_token_ms": round(found.search_ms + t.first_token_ms, 3),
+            "decode_ms": round(t.decode_ms, 3),
+        },
+        "predicted": {
+            "first_token_ms": round(forecast.first_token_ms, 3),
+            "full_prefill_ms": round(forecast.full_prefill_ms, 3),
+        },
+        "ratio": answered.ratio,
+        "reason": forecast.reason,
+        "ending": answered.ending,
+        **about,
+    }
+
+
+def sources_json(hits: Sequence[Hit]) -> list[Json]:
+    return [
+        {"path": str(h.path), "start_line": h.start_line, "end_line": h.end_line, "score": round(h.score, 4)}
+        for h in hits
+    ]

@@ -1,0 +1,130 @@
+"""Passages as stored KV: their addresses, their making, and their way into a prompt.
+
+A chunk's address covers everything its numbers depend on: model file, tokenizer and RoPE (all in the model's
+fingerprint), preamble, chunk tokens, bit plan, file format. So the same passage in two files is stored once, in any
+prompt and at any place. Knows nothing of questions or documents.
+"""
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+
+import numpy as np
+
+from quire_engine.errors import DamagedChunk, MissingChunk
+from quire_engine.kv import codec, format
+from quire_engine.kv.store import KVStore
+from quire_engine.kv.transfer import DamagedPlacements, Placement
+from quire_engine.plan import Prompt, Segment
+from quire_engine.runtimes.base import Runtime
+from quire_engine.selection import sensitivity, spectral
+from quire_engine.types import BitPlan, ChunkKV, Float32
+
+_ENCODING = b"behind the preamble, sensitivity from early layers; 1"  # part of every address: bump when it changes
+_EXACT_BITS = 16
+
+Observer = Callable[[int], None]
+
+
+def identity(fingerprint: bytes, preamble: Sequence[int], plan: BitPlan) -> bytes:
+    """32 bytes that all chunks stored for one model, preamble and bit plan share."""
+    digest = hashlib.sha256(_ENCODING)
+    digest.update(fingerprint)
+    digest.update(struct.pack("<II", format.VERSION, len(preamble)))
+    digest.update(np.asarray(preamble, dtype="<u4").tobytes())
+    digest.update(bytes(plan.k_bits) + bytes(plan.v_bits))
+    return digest.digest()
+
+
+class ChunkCache:
+    """The stored chunks of one identity, and the runtime that makes and places them."""
+
+    def __init__(
+        self,
+        store: KVStore,
+        identity: bytes,
+        plan: BitPlan,
+        preamble: tuple[int, ...],
+        unrelated: tuple[int, ...],
+    ) -> None:
+        """unrelated: tokens of some other text, read before a chunk to measure its sensitivity."""
+        self.store = store
+        self.preamble = self._segment(identity, preamble)
+        self._identity = identity
+        self._plan = plan
+        self._unrelated = unrelated
+
+    @staticmethod
+    def _segment(identity: bytes, tokens: tuple[int, ...]) -> Segment:
+        ids = np.asarray(tokens, dtype="<u4").tobytes()
+        return Segment(tokens, hashlib.sha256(identity + ids).hexdigest())
+
+    def segment(self, tokens: tuple[int, ...]) -> Segment:
+        """A passage with its address."""
+        return self._segment(self._identity, tokens)
+
+    def has(self, segment: Segment) -> bool:
+        return not segment.tokens or self.store.has(segment.key)
+
+    def missing(self, segments: Iterable[Segment]) -> tuple[Segment, ...]:
+        """Those that are not stored, each once."""
+        return tuple({s.key: s for s in segments if not self.has(s)}.values())
+
+    def encode(self, runtime: Runtime, segment: Segment) -> None:
+        """Reads a segment behind the preamble, scores its tokens, packs and stores it."""
+        if segment == self.preamble:
+            kv = ChunkKV(*runtime.encode((), segment.tokens), scores={})
+            plan = BitPlan.uniform(runtime.shape.layers, _EXACT_BITS, _EXACT_BITS)
+        else:
+            kv, plan = self._read(runtime, segment.tokens), self._plan
+        packed = codec.encode(kv, plan, codec.text_order(kv.tokens))
+        self.store.write(segment.key, format.to_bytes(packed, self._identity))
+
+    def _read(self, runtime: Runtime, tokens: tuple[int, ...]) -> ChunkKV:
+        """The chunk's KV behind the preamble, and the scores that selectors want later."""
+        k_pre, v = runtime.encode(self.preamble.tokens, tokens)
+        elsewhere = (*self.preamble.tokens, *self._unrelated)
+        moved = runtime.encode(elsewhere, tokens, sensitivity.early_layers(runtime.shape.layers))
+        scores = {"spectral": spectral.score(k_pre, v), "sensitivity": sensitivity.score((k_pre, v), moved)}
+        return ChunkKV(k_pre, v, scores)
+
+    def complete(self, runtime: Runtime, prompt: Prompt) -> frozenset[str]:
+        """Encodes what the prompt needs and the store does not hold; the keys that were encoded."""
+        missing = self.missing(prompt.stored)
+        for segment in missing:
+            self.encode(runtime, segment)
+        return frozenset(segment.key for segment in missing)
+
+    def place(self, runtime: Runtime, prompt: Prompt) -> tuple[list[dict[str, Float32]], frozenset[str]]:
+        """Loads preamble and chunks into the runtime, at their places.
+
+        Returns the stored scores of each chunk, and the keys of those that had to be encoded again because their
+        bytes were gone or damaged: a bad disk costs time, never an answer.
+        """
+        repaired: frozenset[str] = frozenset()
+        while True:
+            try:
+                with ExitStack() as files:
+                    placements = [
+                        Placement(segment.key, files.enter_context(self.store.open(segment.key)), start)
+                        for segment, start in zip(prompt.stored, prompt.starts, strict=False)
+                        if segment.tokens
+                    ]
+                    runtime.place(placements)
+                    return [p.chunk.scores for p in placements[-len(prompt.chunks) :]], repaired
+            except DamagedPlacements as damaged:
+                for key in damaged.keys:
+                    self.store.remove(key)
+            except (MissingChunk, DamagedChunk):
+                for segment in prompt.stored:
+                    self._drop_if_unreadable(segment)
+            repaired |= self.complete(runtime, prompt)
+
+    def _drop_if_unreadable(self, segment: Segment) -> None:
+        try:
+            self.store.open(segment.key).close()
+        except MissingChunk:
+            pass
+        except DamagedChunk:
+            self.store.remove(segment.key)

@@ -1,0 +1,1 @@
+"""Chunk KV as bytes: codec, file format, store, transfer."""

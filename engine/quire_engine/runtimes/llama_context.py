@@ -1,0 +1,257 @@
+"""llama.cpp behind a narrow door: tokens, batches, sequences, state blobs, captured queries, abort.
+
+The only module that calls llama.cpp's C functions. It knows nothing of chunks, plans or prompts.
+A context has one unified KV cache; a cell may belong to several sequences at once, so that copying between
+sequences moves no data.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import llama_cpp.llama_cpp as c
+import numpy as np
+import numpy.typing as npt
+from llama_cpp._ggml import libggml
+
+from quire_engine.errors import Aborted, ModelError, QuireError
+from quire_engine.types import Float32
+
+BATCH_TOKENS = 512  # llama.cpp's own default for prompt processing: larger measured no faster on a CPU
+_F16 = 1  # ggml_type of the KV cache; flash attention on, which also keeps V rows contiguous
+_FLASH_ATTENTION_ON = 1
+_NO_ABORT = c.ggml_abort_callback(0)  # a null pointer: llama.cpp asks nobody
+_INT32 = ctypes.POINTER(ctypes.c_int32)
+_ABORTED = 2  # llama_decode's code for "aborted, the memory keeps the finished part"
+
+libggml.ggml_get_name.restype = ctypes.c_char_p
+libggml.ggml_get_name.argtypes = [ctypes.c_void_p]
+libggml.ggml_op_desc.restype = ctypes.c_char_p
+libggml.ggml_op_desc.argtypes = [ctypes.c_void_p]
+libggml.ggml_nbytes.restype = ctypes.c_size_t
+libggml.ggml_nbytes.argtypes = [ctypes.c_void_p]
+libggml.ggml_backend_tensor_get.restype = None
+libggml.ggml_backend_tensor_get.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_size_t,
+]
+
+
+# llama.cpp writes hundreds of lines to stderr; failures reach us through return codes.
+_no_log = c.llama_log_callback(lambda _level, _text, _data: None)
+
+
+class LlamaModel:
+    """Weights and vocabulary of one GGUF file; `vocabulary_only` loads in milliseconds and cannot compute."""
+
+    def __init__(self, path: Path, vocabulary_only: bool = False) -> None:
+        c.llama_log_set(_no_log, ctypes.c_void_p(0))
+        c.llama_backend_init()
+        parameters = c.llama_model_default_params()
+        parameters.vocab_only = vocabulary_only
+        if not vocabulary_only:
+            parameters.n_gpu_layers = -1
+        self.handle = c.llama_model_load_from_file(os.fsencode(path), parameters)
+        if not self.handle:
+            raise ModelError(
+                f"llama.cpp cannot load {path}.",
+                "The file may be damaged, or too new for this version. Try another model with --model.",
+            )
+        self.vocabulary = c.llama_model_get_vocab(self.handle)
+        self.adds_bos = bool(c.llama_vocab_get_add_bos(self.vocabulary))
+
+    def tokenize(self, text: str, special: bool = False, start: bool = False) -> list[int]:
+        """Token ids of a text. special: read control tokens written in it (templates only, never documents).
+        start: put BOS in front where the model wants one."""
+        data = text.encode("utf-8", errors="replace")
+        capacity = len(data) + 16
+        tokens = (ctypes.c_int32 * capacity)()
+        count = c.llama_tokenize(self.vocabulary, data, len(data), tokens, capacity, start, special)
+        if count < 0:
+            raise ModelError("llama.cpp could not tokenize the text.", details=f"code {count}")
+        return list(tokens[:count])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token; control tokens give nothing."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = int(c.llama_token_to_piece(self.vocabulary, token, buffer, size, 0, False))
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count
+
+    def is_end(self, token: int) -> bool:
+        return bool(c.llama_vocab_is_eog(self.vocabulary, token))
+
+    @property
+    def vocabulary_size(self) -> int:
+        return int(c.llama_vocab_n_tokens(self.vocabulary))
+
+
+class LlamaContext:
+    """One KV cache of `cells` tokens shared by `sequences` sequences. Not thread-safe."""
+
+    def __init__(self, model: LlamaModel, cells: int, sequences: int, threads: int) -> None:
+        self.model = model
+        self.cells = cells
+        self._wanted_layers: frozenset[int] = frozenset()
+        self._last_layer = -1
+        self._captured: dict[int, list[Float32]] = {}
+        self._eval_callback = c.ggml_backend_sched_eval_callback(self._on_node)
+        parameters = c.llama_context_default_params()
+        parameters.n_ctx = cells
+        parameters.n_batch = max(BATCH_TOKENS, 2048)
+        parameters.n_ubatch = BATCH_TOKENS
+        parameters.n_seq_max = sequences
+        parameters.kv_unified = True
+        parameters.n_threads = parameters.n_threads_batch = threads
+        parameters.flash_attn_type = _FLASH_ATTENTION_ON
+        parameters.type_k = parameters.type_v = _F16
+        parameters.swa_full = True
+        parameters.no_perf = True
+        parameters.cb_eval = self._eval_callback
+        self._batch_limit = int(parameters.n_batch)
+        self.handle = c.llama_init_from_model(model.handle, parameters)
+        if not self.handle:
+            raise ModelError(
+                f"llama.cpp could not make a context of {cells} tokens.",
+                "Close other programs to free memory, or ask with a smaller --context-tokens.",
+            )
+        self.memory = c.llama_get_memory(self.handle)
+        self._abort_callback = _NO_ABORT
+
+    def close(self) -> None:
+        if self.handle:
+            c.llama_free(self.handle)
+            self.handle = None
+
+    def decode(
+        self, tokens: Sequence[int], positions: npt.ArrayLike, sequences: npt.ArrayLike, logits: bool = False
+    ) -> None:
+        """Computes tokens at their positions, each in its sequence (scalars broadcast). logits: of the last one.
+
+        Raises Aborted when the abort check said so, ContextOverflow never (callers size the context).
+        """
+        count = len(tokens)
+        token_ids = np.asarray(tokens, dtype=np.int32)
+        place = np.ascontiguousarray(np.broadcast_to(np.asarray(positions, dtype=np.int32), (count,)))
+        owner = np.ascontiguousarray(np.broadcast_to(np.asarray(sequences, dtype=np.int32), (count,)))
+        wanted = np.zeros(count, dtype=np.int8)
+        if count:
+            wanted[-1] = logits
+        for start in range(0, count, self._batch_limit):
+            part = slice(start, min(start + self._batch_limit, count))
+            self._decode(token_ids[part], place[part], owner[part], wanted[part])
+
+    def _decode(
+        self,
+        tokens: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        owners: npt.NDArray[np.int32],
+        wanted: npt.NDArray[np.int8],
+    ) -> None:
+        ones = np.ones(len(tokens), dtype=np.int32)
+        addresses = owners.ctypes.data + 4 * np.arange(len(tokens), dtype=np.uint64)
+        batch = c.llama_batch(
+            n_tokens=len(tokens),
+            token=tokens.ctypes.data_as(_INT32),
+            pos=positions.ctypes.data_as(_INT32),
+            n_seq_id=ones.ctypes.data_as(_INT32),
+            seq_id=ctypes.cast(addresses.ctypes.data, ctypes.POINTER(_INT32)),
+            logits=wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+        code = c.llama_decode(self.handle, batch)
+        if code == _ABORTED:
+            raise Aborted
+        if code != 0:
+            raise QuireError(
+                "llama.cpp refused a batch of tokens.",
+                "Ask again; if it happens again, use --dial exact and report it.",
+                f"llama_decode returned {code} for {len(tokens)} tokens in a context of {self.cells}",
+            )
+
+    def logits(self) -> Float32:
+        """Scores of the next token [vocabulary], after the last decode that asked for them."""
+        pointer = c.llama_get_logits_ith(self.handle, -1)
+        return np.ctypeslib.as_array(pointer, (self.model.vocabulary_size,)).copy()
+
+    def copy(self, source: int, target: int, start: int, stop: int) -> None:
+        """Makes the cells of `source` at positions start..stop belong to `target` too; no data moves."""
+        if start < stop:
+            c.llama_memory_seq_cp(self.memory, source, target, start, stop)
+
+    def remove(self, sequence: int, start: int = 0, stop: int = -1) -> None:
+        c.llama_memory_seq_rm(self.memory, sequence, start, stop)
+
+    def clear(self) -> None:
+        c.llama_memory_clear(self.memory, False)
+
+    def read_state(self, sequence: int) -> npt.NDArray[np.uint8]:
+        """The state blob of one sequence; llama_state.py knows its layout."""
+        size = int(c.llama_state_seq_get_size(self.handle, sequence))
+        blob = np.empty(size, dtype=np.uint8)
+        pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        written = int(c.llama_state_seq_get_data(self.handle, pointer, size, sequence))
+        if written == 0:
+            raise QuireError("llama.cpp did not give its KV state.", details=f"size {size}")
+        return blob[:written]
+
+    def write_state(self, sequence: int, blob: npt.NDArray[np.uint8]) -> None:
+        """Replaces one sequence by the rows of a state blob."""
+        pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if not c.llama_state_seq_set_data(self.handle, pointer, blob.size, sequence):
+            raise QuireError("llama.cpp did not accept the stored KV.", "Ask with --dial exact.")
+
+    @contextmanager
+    def capturing_queries(self, layers: Sequence[int]) -> Iterator[dict[int, list[Float32]]]:
+        """Within the block, decode keeps the rotated queries of `layers` and stops after the last of them.
+
+        Yields layer -> list of [tokens, heads, head_dim] arrays, one per batch. What is computed meanwhile has no
+        valid KV in the layers after the last one and no logits: use a scratch sequence and remove it.
+        """
+        self._wanted_layers, self._last_layer = frozenset(layers), max(layers)
+        self._captured = {}
+        try:
+            yield self._captured
+        finally:
+            self._wanted_layers, self._last_layer = frozenset(), -1
+
+    @contextmanager
+    def stopping_after(self, layers: int) -> Iterator[None]:
+        """Within the block, decode computes only the first `layers` layers; deeper KV of its tokens is not valid."""
+        with self.capturing_queries([layers]):  # the next layer's queries need nothing of its own keys
+            yield
+
+    @contextmanager
+    def abortable(self, should_stop: Callable[[], bool]) -> Iterator[None]:
+        """Within the block, decode raises Aborted soon after should_stop() turns true.
+
+        Not used while generating: the check runs once per graph node and costs a millisecond a token.
+        """
+        callback = c.ggml_abort_callback(lambda _data: should_stop())
+        self._abort_callback = callback  # kept alive while llama.cpp may call it
+        c.llama_set_abort_callback(self.handle, callback, ctypes.c_void_p(0))
+        try:
+            yield
+        finally:
+            c.llama_set_abort_callback(self.handle, _NO_ABORT, ctypes.c_void_p(0))
+
+    def _on_node(self, tensor: int, ask: bool, _data: int | None) -> bool:
+        """llama.cpp asks for every graph node whether its value is wanted, then shows it."""
+        if not self._wanted_layers:
+            return False
+        name = libggml.ggml_get_name(tensor)
+        if not name.startswith(b"Qcur-") or libggml.ggml_op_desc(tensor) != b"ROPE":
+            return False
+        layer = int(name[5:])
+        if ask:
+            return layer in self._wanted_layers
+        values = np.empty(libggml.ggml_nbytes(tensor) // 4, dtype=np.float32)
+        libggml.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
+        self._captured.setdefault(layer, []).append(values)
+        return layer != self._last_layer  # false ends the computation: deeper layers are not needed

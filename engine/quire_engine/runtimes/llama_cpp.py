@@ -1,0 +1,164 @@
+"""The llama.cpp runtime: stitches stored KV into a prompt on CPU, Metal or Vulkan with the stock library.
+
+llama.cpp cannot rewrite the middle of its cache, but cells can belong to several sequences. So all stored rows are
+written once, at their final positions, into one sequence (PLACED). Every span that is to be recomputed gets a sequence
+of its own that shares the placed cells before it; all spans are decoded in one batch; the live sequence is then
+assembled from placed runs and fresh spans. Spans see stale copies of one another, which costs little accuracy and
+saves most of the time (docs/decisions/llama_cpp_spans.md).
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+
+from quire_engine.kv import transfer
+from quire_engine.kv.transfer import Placement
+from quire_engine.plan import Span, StitchPlan
+from quire_engine.runtimes import llama_state
+from quire_engine.runtimes.llama_context import LlamaContext, LlamaModel
+from quire_engine.selection import probe as attention
+from quire_engine.types import Float16, Float32, ModelShape
+from quire_kernels import rope
+
+LIVE, PLACED, SCRATCH, FIRST_SPAN = 0, 1, 2, 3
+MAX_SPANS = 96  # sequences decoded in one batch; more spans take another batch
+_SEQUENCES = FIRST_SPAN + MAX_SPANS
+_CELL_STEP = 1024
+
+
+class LlamaCppRuntime:
+    """Executes plans with llama.cpp. One conversation at a time, not thread-safe."""
+
+    name = "llama.cpp"
+
+    def __init__(self, model: LlamaModel, shape: ModelShape, threads: int, stitching: bool = True) -> None:
+        """stitching: off for models that can only be prefilled; recurrent ones pay for every sequence."""
+        self.model = model
+        self.shape = shape
+        self._threads = threads
+        self._sequences = _SEQUENCES if stitching else 1
+        self._context = LlamaContext(model, _CELL_STEP, self._sequences, threads)
+        self._guards: dict[tuple[int, ...], int] = {}  # guard tokens -> sequence that holds their KV
+        self._magic = 0
+        self._placed: llama_state.SequenceState | None = None
+        self._live_tokens = 0
+
+    def reserve(self, tokens: int) -> None:
+        cells = -(-tokens // _CELL_STEP) * _CELL_STEP
+        if cells > self._context.cells:
+            self._context.close()
+            self._context = LlamaContext(self.model, cells, self._sequences, self._threads)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._context.clear()
+        self._guards, self._placed, self._live_tokens = {}, None, 0
+
+    def close(self) -> None:
+        self._context.close()
+
+    def abortable(self, should_stop: Callable[[], bool]) -> AbstractContextManager[None]:
+        return self._context.abortable(should_stop)
+
+    # Encoding
+
+    def encode(self, guard: Sequence[int], tokens: Sequence[int], layers: int | None = None) -> tuple[Float16, Float16]:
+        layers = layers or self.shape.layers
+        behind = len(guard)
+        sequence = self._guard_sequence(tuple(guard), room=len(tokens))
+        try:
+            with self._context.stopping_after(layers) if layers < self.shape.layers else nullcontext():
+                self._context.decode(tokens, behind + np.arange(len(tokens)), sequence)
+            return self._rows(sequence, behind, len(tokens), layers)
+        finally:
+            self._context.remove(sequence, behind)
+
+    def _guard_sequence(self, guard: tuple[int, ...], room: int) -> int:
+        """The sequence that holds a guard's KV and nothing else, computed once for many chunks."""
+        if self._live_tokens or self._placed:
+            self._clear()
+        used = sum(len(known) for known in {*self._guards, guard})
+        if used + room > self._context.cells:
+            self.reserve(used + room)
+        if guard not in self._guards:
+            sequence = FIRST_SPAN + len(self._guards)
+            if guard:
+                self._context.decode(guard, np.arange(len(guard)), sequence)
+            self._guards[guard] = sequence
+        return self._guards[guard]
+
+    def _rows(self, sequence: int, start: int, count: int, layers: int) -> tuple[Float16, Float16]:
+        """K before RoPE and V of `count` positions from `start` in the first layers of one sequence."""
+        state = llama_state.parse(self._context.read_state(sequence), self.shape)
+        order = np.argsort(state.positions, kind="stable")
+        rows = order[np.searchsorted(state.positions, start, sorter=order) :][:count]
+        cos, sin = transfer.angles(np.arange(start, start + count), self.shape.rope)
+        k_pre = np.empty((layers, count, self.shape.kv_heads, self.shape.key_dim), np.float16)
+        v = np.empty((layers, count, self.shape.kv_heads, self.shape.value_dim), np.float16)
+        for layer in range(layers):
+            k_rot = state.k_rot[layer][rows].reshape(k_pre.shape[1:])
+            k_pre[layer] = rope.unrotate(k_rot, cos, sin, self.shape.rope.layout)
+            v[layer] = state.v[layer][rows].reshape(v.shape[1:])
+        return k_pre, v
+
+    # One question
+
+    def place(self, placements: Sequence[Placement]) -> None:
+        tokens = max(placement.rows.stop for placement in placements)
+        state = llama_state.empty(self.shape, tokens, self._state_magic())
+        state.positions[:] = np.arange(tokens)
+        transfer.place(placements, self.shape.rope, state.k_rot, state.v)
+        self._clear()
+        self._context.write_state(PLACED, state.blob)
+        self._placed = state
+
+    def probe(self, question: Sequence[int], position: int) -> Float32:
+        assert self._placed is not None, "place() comes before probe()"
+        layers = attention.probed_layers(self.shape.layers)
+        self._context.copy(PLACED, SCRATCH, 0, position)
+        with self._context.capturing_queries(layers) as captured:
+            self._context.decode(question, position + np.arange(len(question)), SCRATCH)
+        self._context.remove(SCRATCH)
+        queries = {layer: np.concatenate(parts) for layer, parts in captured.items()}
+        return attention.mass(queries, self._placed.k_rot, self.shape, position)
+
+    def execute(self, plan: StitchPlan) -> None:
+        context_tokens = plan.prompt.context_tokens
+        if self._placed is None:  # nothing stored was wanted: full prefill
+            self._clear()
+            self._context.decode(plan.prompt.tokens[:context_tokens], np.arange(context_tokens), LIVE)
+        else:
+            for first in range(0, len(plan.recomputed), MAX_SPANS):
+                self._recompute(plan.prompt.tokens, plan.recomputed[first : first + MAX_SPANS])
+            for span in plan.reused:
+                self._context.copy(PLACED, LIVE, span.start, span.stop)
+            self._context.remove(PLACED)
+            self._placed = None
+        self._live_tokens = context_tokens
+
+    def _recompute(self, tokens: Sequence[int], spans: Sequence[Span]) -> None:
+        """Decodes spans in one batch, each over the placed rows before it, and hands them to the live sequence."""
+        owners = range(FIRST_SPAN, FIRST_SPAN + len(spans))
+        for owner, span in zip(owners, spans, strict=True):
+            self._context.copy(PLACED, owner, 0, span.start)
+        positions = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+        lengths = [len(span) for span in spans]
+        self._context.decode([tokens[p] for p in positions], positions, np.repeat(owners, lengths))
+        for owner, span in zip(owners, spans, strict=True):
+            self._context.copy(owner, LIVE, span.start, span.stop)
+            self._context.remove(owner)
+
+    def extend(self, tokens: Sequence[int]) -> Float32:
+        self._context.decode(tokens, self._live_tokens + np.arange(len(tokens)), LIVE, logits=True)
+        self._live_tokens += len(tokens)
+        return self._context.logits()
+
+    def _state_magic(self) -> int:
+        """llama.cpp begins its blobs with a private number: taken from a blob of its own."""
+        if not self._magic:
+            self._clear()
+            self._context.decode([0], 0, SCRATCH)
+            self._magic = llama_state.magic_of(self._context.read_state(SCRATCH))
+            self._clear()
+        return self._magic

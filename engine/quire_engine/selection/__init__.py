@@ -1,0 +1,1 @@
+"""Which tokens of a reused chunk to recompute."""

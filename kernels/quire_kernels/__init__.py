@@ -1,0 +1,1 @@
+"""Pure array functions: the specification of every kernel, in plain NumPy. No models, no files."""

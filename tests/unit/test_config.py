@@ -1,0 +1,116 @@
+"""Settings: defaults, precedence, and refusals that say what would be right."""
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from quire import config, paths
+from quire.config import BUNDLED, FROM_DIAL, Settings, load
+from quire_engine.errors import QuireError
+
+
+def write_config(text: str) -> Path:
+    file = paths.config_dir() / "config.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_without_anything_the_defaults_hold() -> None:
+    settings = load(environ={})
+    assert settings == Settings()
+    assert settings.model == BUNDLED
+    assert settings.ratio == FROM_DIAL
+    assert (settings.dial, settings.chunk_tokens, settings.max_file_mb) == ("balanced", 512, 20)
+
+
+def test_precedence_is_override_environment_file_default() -> None:
+    write_config("max_tokens = 11\nthreads = 12\nk_bits = 4\n")
+    environ = {"QUIRE_MAX_TOKENS": "21", "QUIRE_THREADS": "22"}
+    settings = load({"max_tokens": 31}, environ)
+    assert (settings.max_tokens, settings.threads, settings.k_bits, settings.v_bits) == (31, 22, 4, 8)
+
+
+def test_values_become_their_types() -> None:
+    write_config('model = "~/models/a.gguf"\nratio = 1\ntemperature = 1\n')
+    settings = load(environ={"QUIRE_DIAL": "exact"})
+    assert settings.model == Path.home() / "models" / "a.gguf"
+    assert (settings.ratio, settings.dial) == (1.0, "exact")
+    assert type(settings.ratio) is type(settings.temperature) is float
+
+
+def test_empty_values_fall_back() -> None:
+    write_config('model = "a.gguf"\nratio = 0.5\n')
+    assert load({"model": "", "ratio": ""}, {}) == Settings()
+    assert load(environ={"QUIRE_MODEL": ""}).model == Path("a.gguf")
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("dail = 'fast'", "dail", "Did you mean dial?"),
+        ("zzz = 1", "zzz", "model, dial"),
+        ("dial = 'quick'", "'quick'", "fast, balanced, exact"),
+        ("max_tokens = 0", "max_tokens", "from 1 to 100000"),
+        ("max_tokens = true", "True", "a whole number"),
+        ("max_tokens = 1.5", "1.5", "a whole number"),
+        ("max_tokens = [1]", "[1]", "a whole number"),
+        ("temperature = nan", "nan", "from 0 to 2"),
+        ("ratio = 1.5", "1.5", "from 0 to 1"),
+        ("k_bits = 5", "5", "2, 3, 4, 8, 16"),
+        ("k_bits = true", "True", "2, 3, 4, 8, 16"),
+        ("model = 3", "3", "GGUF"),
+        ("selector = ' '", "selector", "a name"),
+        ("dial = ", "not valid TOML", "Correct"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_what_is_right(text: str, message: str, hint: str) -> None:
+    write_config(text)
+    with pytest.raises(QuireError) as caught:
+        load(environ={})
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+
+
+def test_a_file_that_is_not_utf8_or_no_file_is_refused() -> None:
+    file = write_config("")
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(QuireError, match="not valid TOML"):
+        load(environ={})
+    with pytest.raises(QuireError, match="cannot be read"):
+        load(environ={}, file=paths.config_dir())
+
+
+def test_the_environment_is_named_in_full() -> None:
+    with pytest.raises(QuireError, match="QUIRE_MAX_TOKENS") as caught:
+        load(environ={"QUIRE_MAX_TOKENS": "many"})
+    assert "QUIRE_MAX_TOKENS" in caught.value.hint
+
+
+def test_a_near_miss_in_the_environment_is_refused_but_others_may_use_the_prefix() -> None:
+    with pytest.raises(QuireError) as caught:
+        load(environ={"QUIRE_MAX_TOKEN": "3"})
+    assert caught.value.hint == "Did you mean QUIRE_MAX_TOKENS?"
+    assert load(environ={"QUIRE_DATA_DIR": "/x", "QUIRE_CI_JOB": "1"}) == Settings()
+
+
+def test_every_setting_is_explained() -> None:
+    explained = {entry.name: entry for entry in config.explained()}
+    assert list(explained) == list(vars(Settings()))
+    assert all(entry.meaning and entry.allowed for entry in explained.values())
+
+
+def test_directories_are_private_and_made_on_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = tmp_path / "deep" / "data"
+    monkeypatch.setenv("QUIRE_DATA_DIR", str(wanted))
+    assert not wanted.exists()
+    assert paths.data_dir() == wanted
+    assert stat.S_IMODE(wanted.stat().st_mode) == 0o700
+
+
+def test_a_directory_that_cannot_be_made_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QUIRE_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(QuireError, match="cannot be used") as caught:
+        paths.cache_dir()
+    assert "QUIRE_CACHE_DIR" in caught.value.hint

@@ -1,0 +1,105 @@
+"""Selectors: expressions by name, their scores, and the budget they keep."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quire_engine.errors import QuireError
+from quire_engine.selection.selectors import DEFAULT, SPAN_TOKENS, Evidence, choose, parse
+
+lengths = st.lists(st.integers(1, 200), min_size=1, max_size=6)
+ratios = st.floats(0, 1)
+
+
+def evidence(tokens: int, seed: int = 0) -> Evidence:
+    random = np.random.default_rng(seed)
+    sensitivity, spectral, probe = random.random((3, tokens), dtype=np.float32)
+    return Evidence(tokens, {"sensitivity": sensitivity, "spectral": spectral}, probe)
+
+
+def chunks_of(tokens: list[int]) -> list[Evidence]:
+    return [evidence(count, seed) for seed, count in enumerate(tokens)]
+
+
+def test_default_and_names() -> None:
+    assert parse("default") == parse(DEFAULT) == parse(" probe * sensitivity ")
+    assert parse("default").name == "probe*sensitivity"
+    assert parse("default").asks_question
+    assert not parse("sensitivity*spectral").asks_question
+
+
+@pytest.mark.parametrize(
+    ("expression", "unknown"), [("probes", "probes"), ("probe*sens", "sens"), ("", ""), ("probe*", "")]
+)
+def test_an_unknown_selector_is_refused_by_name(expression: str, unknown: str) -> None:
+    with pytest.raises(QuireError) as refused:
+        parse(expression)
+    assert refused.value.message == f"There is no selector {unknown!r}."
+    assert all(name in refused.value.hint for name in ("default", "probe", "sensitivity", "spectral", "first"))
+
+
+def test_a_product_multiplies_its_factors() -> None:
+    known = evidence(40)
+    product = known.probe * known.stored["sensitivity"] * known.stored["spectral"]
+    np.testing.assert_allclose(parse("probe*sensitivity*spectral").scores(known), product, rtol=1e-6)
+    np.testing.assert_array_equal(parse("sensitivity").scores(known), known.stored["sensitivity"])
+
+
+def test_a_score_that_was_not_stored_does_not_matter() -> None:
+    bare = Evidence(30, {}, evidence(30).probe)
+    np.testing.assert_array_equal(parse("default").scores(bare), bare.probe)
+
+
+def test_first_takes_the_beginning_of_every_chunk() -> None:
+    for mask in choose(parse("first"), chunks_of([64, 128]), 0.5):
+        assert mask[: len(mask) // 2].all()
+        assert not mask[len(mask) // 2 :].any()
+
+
+def test_random_is_the_same_every_time() -> None:
+    chunks = chunks_of([100, 90])
+    for once, again in zip(choose(parse("random"), chunks, 0.3), choose(parse("random"), chunks, 0.3), strict=True):
+        assert once.any()
+        np.testing.assert_array_equal(once, again)
+
+
+@given(lengths, ratios)
+def test_a_question_spends_one_budget_over_all_chunks(tokens: list[int], ratio: float) -> None:
+    masks = choose(parse("default"), chunks_of(tokens), ratio)
+    assert [len(mask) for mask in masks] == tokens
+    assert abs(sum(int(mask.sum()) for mask in masks) - ratio * sum(tokens)) <= SPAN_TOKENS
+
+
+@given(lengths, ratios, st.sampled_from(["sensitivity", "spectral", "first", "random", "sensitivity*spectral"]))
+def test_without_a_question_every_chunk_has_its_own_budget(tokens: list[int], ratio: float, name: str) -> None:
+    for count, mask in zip(tokens, choose(parse(name), chunks_of(tokens), ratio), strict=True):
+        assert abs(int(mask.sum()) - ratio * count) <= SPAN_TOKENS
+
+
+@given(lengths, st.sampled_from(["default", "spectral"]))
+def test_nothing_and_everything(tokens: list[int], name: str) -> None:
+    chunks = chunks_of(tokens)
+    assert not any(mask.any() for mask in choose(parse(name), chunks, 0.0))
+    assert all(mask.all() for mask in choose(parse(name), chunks, 1.0))
+
+
+def test_the_budget_goes_where_the_question_looks() -> None:
+    """Two spans of the second chunk hold all of the attention."""
+    probes = [np.full(64, 1e-6, np.float32), np.full(64, 1e-6, np.float32)]
+    probes[1][16:48] = 1.0
+    first, second = choose(parse("probe"), [Evidence(64, {}, probe) for probe in probes], 32 / 128)
+    assert not first.any()
+    assert np.flatnonzero(second).tolist() == list(range(16, 48))
+
+
+def test_chosen_tokens_come_in_whole_spans() -> None:
+    (mask,) = choose(parse("probe"), [evidence(70)], 0.4)
+    for start in range(0, 70, SPAN_TOKENS):
+        assert len(set(mask[start : start + SPAN_TOKENS].tolist())) == 1
+
+
+def test_scores_of_zero_still_spend_the_budget() -> None:
+    zero = np.zeros(64, np.float32)
+    (mask,) = choose(parse("default"), [Evidence(64, {"sensitivity": zero}, zero)], 0.5)
+    assert mask.sum() == 32
