@@ -78,6 +78,7 @@ class Session:
 
         Raises QuireError when nothing was added yet or nothing fits the question's words.
         """
+        _ = self.engine  # opening a model is not searching
         began = time.perf_counter()
         sources = self.find(question, within)
         yield Found(tuple(sources), 1000 * (time.perf_counter() - began))

@@ -7,13 +7,14 @@ prompt and at any place. Knows nothing of questions or documents.
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
 import numpy as np
 
 from quire_engine.errors import DamagedChunk, MissingChunk
 from quire_engine.kv import codec, format
+from quire_engine.kv.format import ChunkReader
 from quire_engine.kv.store import KVStore
 from quire_engine.kv.transfer import DamagedPlacements, Placement
 from quire_engine.plan import Prompt, Segment
@@ -23,8 +24,7 @@ from quire_engine.types import BitPlan, ChunkKV, Float32
 
 _ENCODING = b"behind the preamble, sensitivity from early layers; 1"  # part of every address: bump when it changes
 _EXACT_BITS = 16
-
-Observer = Callable[[int], None]
+_ATTEMPTS = 3  # at reading back what was damaged and written again
 
 
 def identity(fingerprint: bytes, preamble: Sequence[int], plan: BitPlan) -> bytes:
@@ -79,7 +79,7 @@ class ChunkCache:
         else:
             kv, plan = self._read(runtime, segment.tokens), self._plan
         packed = codec.encode(kv, plan, codec.text_order(kv.tokens))
-        self.store.write(segment.key, format.to_bytes(packed, self._identity))
+        self.store.write(segment.key, format.to_bytes(packed, bytes.fromhex(segment.key)))
 
     def _read(self, runtime: Runtime, tokens: tuple[int, ...]) -> ChunkKV:
         """The chunk's KV behind the preamble, and the scores that selectors want later."""
@@ -100,14 +100,14 @@ class ChunkCache:
         """Loads preamble and chunks into the runtime, at their places.
 
         Returns the stored scores of each chunk, and the keys of those that had to be encoded again because their
-        bytes were gone or damaged: a bad disk costs time, never an answer.
+        bytes were gone or damaged. Raises DamagedChunk when what was just written cannot be read either.
         """
         repaired: frozenset[str] = frozenset()
-        while True:
+        for attempt in range(_ATTEMPTS):
             try:
                 with ExitStack() as files:
                     placements = [
-                        Placement(segment.key, files.enter_context(self.store.open(segment.key)), start)
+                        Placement(segment.key, files.enter_context(self._open(segment)), start)
                         for segment, start in zip(prompt.stored, prompt.starts, strict=False)
                         if segment.tokens
                     ]
@@ -119,11 +119,21 @@ class ChunkCache:
             except (MissingChunk, DamagedChunk):
                 for segment in prompt.stored:
                     self._drop_if_unreadable(segment)
-            repaired |= self.complete(runtime, prompt)
+            if attempt < _ATTEMPTS - 1:
+                repaired |= self.complete(runtime, prompt)
+        raise DamagedChunk("Stored passages cannot be read back from the disk.", "Check the disk.")
+
+    def _open(self, segment: Segment) -> ChunkReader:
+        """Raises DamagedChunk when the file is sound but another's."""
+        reader = self.store.open(segment.key)
+        if reader.header.key.hex() != segment.key:
+            reader.close()
+            raise DamagedChunk("A stored passage is not the one its name says.")
+        return reader
 
     def _drop_if_unreadable(self, segment: Segment) -> None:
         try:
-            self.store.open(segment.key).close()
+            self._open(segment).close()
         except MissingChunk:
             pass
         except DamagedChunk:

@@ -10,17 +10,19 @@ from pathlib import Path
 
 from quire_engine import records
 
-_WEIGHT_OF_NEWEST = 0.3
+_WEIGHT_OF_NEWEST = 0.4
 
 
 @dataclass(frozen=True)
 class Costs:
     """compute_ms: per token, without attention.  attention_ms: per token and thousand tokens before it.
-    load_ms: per token placed from storage.  corrections: step -> how much longer it took than the rates say."""
+    load_ms: per token placed from storage.  slowness: how much longer everything takes at present.
+    corrections: step -> how much longer it takes beyond that."""
 
     compute_ms: float
     attention_ms: float
     load_ms: float
+    slowness: float = 1.0
     corrections: dict[str, float] = field(default_factory=dict)
 
     def full(self, context: int, question: int) -> dict[str, float]:
@@ -45,19 +47,28 @@ class Costs:
         )
 
     def learn(self, expected: Mapping[str, float], measured: Mapping[str, float]) -> "Costs":
-        """The same rates with corrections moved towards what happened."""
+        """The same rates, moved towards what happened: a busy machine slows every step, a wrong guess one of them."""
+        both = {step: (ms, measured[step]) for step, ms in expected.items() if ms > 0 and measured.get(step, 0) > 0}
+        if not both:
+            return self
+        overall = _bounded(sum(took for _, took in both.values()) / sum(ms for ms, _ in both.values()))
         corrections = dict(self.corrections)
-        for step, predicted_ms in expected.items():
-            if predicted_ms > 0 and measured.get(step, 0.0) > 0:
-                surprise = min(max(measured[step] / predicted_ms, 0.25), 4.0)
-                corrections[step] = corrections.get(step, 1.0) * (1 + _WEIGHT_OF_NEWEST * (surprise - 1))
-        return replace(self, corrections=corrections)
+        for step, (ms, took) in both.items():
+            surprise = _bounded(_bounded(took / ms) / overall)
+            corrections[step] = corrections.get(step, 1.0) * (1 + _WEIGHT_OF_NEWEST * (surprise - 1))
+        slowness = self.slowness * (1 + _WEIGHT_OF_NEWEST * (overall - 1))
+        return replace(self, slowness=slowness, corrections=corrections)
 
     def _compute(self, tokens: int, before: int) -> float:
         return tokens * (self.compute_ms + self.attention_ms * (before + tokens / 2) / 1000)
 
     def _corrected(self, steps: Mapping[str, float]) -> dict[str, float]:
-        return {step: ms * self.corrections.get(step, 1.0) for step, ms in steps.items()}
+        return {step: ms * self.slowness * self.corrections.get(step, 1.0) for step, ms in steps.items()}
+
+
+def _bounded(surprise: float) -> float:
+    """One odd measurement must not spoil many good ones."""
+    return min(max(surprise, 0.25), 4.0)
 
 
 def from_measurements(short: tuple[int, int, float], long: tuple[int, int, float], load_ms_per_token: float) -> Costs:

@@ -28,7 +28,7 @@ from quire_engine.selection import selectors, sensitivity
 from quire_engine.types import BitPlan, Event, Float32, Forecast, Limits, Text
 
 DIALS = {"fast": 0.08, "balanced": 0.16, "exact": 1.0}
-_SCRATCH_TOKENS = 1024  # room in the runtime for the probe's copy of the question and for rounding to whole spans
+_SCRATCH_TOKENS = 512  # room in the runtime for the probe's copy of the question and for rounding to whole spans
 
 
 def never() -> bool:
@@ -192,8 +192,9 @@ class Engine:
         prompt = self.prompt(request)
         forecast, expected = self._estimate(prompt, request)
         yield forecast
+        again = 0 if forecast.ratio >= 1 else int(forecast.ratio * prompt.context_tokens) + _SCRATCH_TOKENS
+        self.runtime.reserve(len(prompt.tokens) + again + request.max_tokens)
         prefill = Prefill(self.runtime, self.chunks, prompt, forecast.ratio)
-        self.runtime.reserve(len(prompt.tokens) + int(forecast.ratio * prompt.context_tokens) + _SCRATCH_TOKENS)
         try:
             with self.runtime.abortable(should_stop):
                 logits = prefill.run(selector)
@@ -201,14 +202,15 @@ class Engine:
             yield prefill.report(generated=0, ending="stopped")
             return
         self._learn(expected, prefill)
-        yield from self._speak(logits, request, prefill, should_stop)
+        room = self.shape.context_tokens - len(prompt.tokens)
+        yield from self._speak(logits, request, prefill, room, should_stop)
 
     def _speak(
-        self, logits: Float32, request: Request, prefill: Prefill, should_stop: Callable[[], bool]
+        self, logits: Float32, request: Request, prefill: Prefill, room: int, should_stop: Callable[[], bool]
     ) -> Iterator[Event]:
-        """Generates the answer, then says what it took."""
+        """Generates the answer, of at most `room` tokens, then says what it took."""
         began, generated = time.perf_counter(), 0
-        allowed = min(request.max_tokens, self.limits.answer_tokens)
+        allowed = min(request.max_tokens, self.limits.answer_tokens, room)
         for piece in generate.generate(
             logits,
             lambda token: self.runtime.extend((token,)),

@@ -8,6 +8,7 @@ import numpy as np
 from quire_engine import plan
 from quire_engine.chunks import ChunkCache
 from quire_engine.clock import Clock
+from quire_engine.errors import DamagedChunk
 from quire_engine.generate import Ending
 from quire_engine.plan import Prompt, StitchPlan
 from quire_engine.runtimes.base import Runtime
@@ -31,7 +32,13 @@ class Prefill:
 
     def run(self, selector: Selector) -> Float32:
         """Everything up to the scores of the first token [vocabulary]."""
-        self._plan = plan.compute_all(self._prompt) if self._ratio >= 1 else self._stitch(selector)
+        if self._ratio < 1:
+            try:
+                self._plan = self._stitch(selector)
+            except DamagedChunk:  # the disk gives nothing back: an answer does without it
+                self._ratio = 1.0
+        if self._ratio >= 1:
+            self._plan = plan.compute_all(self._prompt)
         with self.clock.step("recompute"):
             self._runtime.execute(self._plan)
         with self.clock.step("question"):

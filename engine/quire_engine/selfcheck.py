@@ -118,19 +118,29 @@ def _measure(runtime: Runtime, prompt: Prompt, chunk: ChunkReader) -> Costs:
     copies = max(1, min(_LONG_TOKENS, runtime.shape.context_tokens // 2) // len(prompt.chunks[0]))
     long = Prompt(prompt.preamble, prompt.chunks * copies, prompt.question)
     question = len(prompt.question)
-    behind: list[tuple[int, int, float]] = []
-    for which in (prompt, long):
-        started = time.perf_counter()
-        _place(runtime, which, chunk)
-        placed = time.perf_counter()
-        runtime.execute(plan.stitch(which, [np.zeros(len(c), dtype=bool) for c in which.chunks]))
-        computing = time.perf_counter()
-        runtime.extend(which.question.tokens)
-        behind.append((question, which.context_tokens, 1000 * (time.perf_counter() - computing)))
-    load_ms = 1000 * (placed - started) / long.context_tokens
+    short_ms, _ = _time(runtime, prompt, chunk)
+    long_ms, load_ms = _time(runtime, long, chunk)
     if copies == 1:
-        return Costs(behind[0][2] / question, 0.0, load_ms)
-    return costs.from_measurements(behind[0], behind[1], load_ms)
+        return Costs(short_ms / question, 0.0, load_ms / long.context_tokens)
+    return costs.from_measurements(
+        (question, prompt.context_tokens, short_ms),
+        (question, long.context_tokens, long_ms),
+        load_ms / long.context_tokens,
+    )
+
+
+def _time(runtime: Runtime, prompt: Prompt, chunk: ChunkReader) -> tuple[float, float]:
+    """Milliseconds of the question and of placing what stands before it, each the better of two runs."""
+    question_ms, load_ms = [], []
+    for _ in range(2):
+        started = time.perf_counter()
+        _place(runtime, prompt, chunk)
+        load_ms.append(1000 * (time.perf_counter() - started))
+        runtime.execute(plan.stitch(prompt, [np.zeros(len(c), dtype=bool) for c in prompt.chunks]))
+        started = time.perf_counter()
+        runtime.extend(prompt.question.tokens)
+        question_ms.append(1000 * (time.perf_counter() - started))
+    return min(question_ms), min(load_ms)
 
 
 def _kl(reference: Float32, other: Float32) -> float:

@@ -107,6 +107,8 @@ class Forecast:
 class TokenCounts:
     """Where the KV of each prompt token came from; context + question = reused + recomputed + fresh.
 
+    All zero but context when it was stopped before the first token.
+
     context: tokens before the question.  reused: stored KV as it was.  recomputed: stored KV replaced.
     fresh: the question, and passages that were not stored.  generated: tokens of the answer.
     """

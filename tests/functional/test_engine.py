@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from quire_engine import gguf, selfcheck
@@ -15,6 +18,8 @@ from quire_engine.errors import Aborted, ContextOverflow, DamagedChunk, ModelErr
 from quire_engine.kv.format import ChunkReader
 from quire_engine.kv.store import KVStore
 from quire_engine.prompt import Wording
+from quire_engine.runtimes.llama_context import LlamaContext
+from quire_engine.runtimes.llama_cpp import LlamaCppRuntime
 from quire_engine.types import Answered, Forecast, ModelShape, Text
 
 Tiny = Callable[[str], Path]
@@ -89,6 +94,16 @@ def no_check(*_: object) -> None:
     raise AssertionError("the self-check was run again")
 
 
+@pytest.fixture
+def no_encoding(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From when it is called, reading a passage into KV fails the test."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a passage was encoded again")
+
+    return lambda: monkeypatch.setattr(LlamaCppRuntime, "encode", refuse)
+
+
 # The self-check
 
 
@@ -137,25 +152,22 @@ def test_a_wrong_position_encoding_turns_reuse_off(
     )
     assert engine.known_reuse_off == engine.reuse_off
     engine.cache(PASSAGES)
-    assert engine.store.keys() == []
+    assert engine.chunks.store.keys() == []
     told = ask(engine, question())
     assert (told.forecast.ratio, told.forecast.reason) == (1.0, engine.reuse_off)
     check_counts(engine, told, question())
 
 
 def test_rows_that_do_not_come_back_turn_reuse_off(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if llama.cpp had laid out its state in another way: keys of another row."""
-    from quire_engine.runtimes import llama_context
+    """As if llama.cpp laid out its state in another way: the last layer's values are lost."""
+    real = LlamaContext.write_state
 
-    real = llama_context.LlamaContext.write_state
+    def without_the_end(self: LlamaContext, sequence: int, blob: npt.NDArray[np.uint8]) -> None:
+        damaged = blob.copy()
+        damaged[-blob.size // 5 :] = 0
+        real(self, sequence, damaged)
 
-    def shifted(
-        self: llama_context.LlamaContext, sequence: int, blob: "selfcheck.npt.NDArray[selfcheck.np.uint8]"
-    ) -> None:
-        blob[-1000:] = 0
-        real(self, sequence, blob)
-
-    monkeypatch.setattr(llama_context.LlamaContext, "write_state", shifted)
+    monkeypatch.setattr(LlamaContext, "write_state", without_the_end)
     reason = Engine(tiny("llama"), tmp_path, SETTINGS).reuse_off
     assert reason.startswith("tiny llama failed its self-check: stitched and full prefill disagree (KL")
 
@@ -190,17 +202,19 @@ def test_a_truncated_model_is_a_model_error(tiny: Tiny, tmp_path: Path) -> None:
 # Caching and reuse
 
 
-def test_what_is_cached_is_reused_by_the_next_process(start: Callable[[], Engine]) -> None:
+def test_what_is_cached_is_reused_by_the_next_process(
+    start: Callable[[], Engine], no_encoding: Callable[[], None]
+) -> None:
     first = start()
     assert not first.is_cached(PASSAGES[0])
     first.cache(PASSAGES)
     assert all(map(first.is_cached, PASSAGES))
-    assert len(first.store.keys()) == 4  # the preamble too
+    assert len(first.chunks.store.keys()) == 4  # the preamble too
+    no_encoding()
     second, request = start(), question(ratio=0.3)
     told = ask(second, request)
     tokens = told.end.tokens
     assert told.forecast.missing_tokens == 0
-    assert told.end.timings.encode_ms < 1  # only looked whether all is there
     assert tokens.fresh == len(second._writer.question(request.question))
     passages = tokens.context - len(second._writer.preamble)
     assert abs(tokens.recomputed - 0.3 * passages) <= 16
@@ -224,13 +238,14 @@ def test_an_answer_stores_what_was_missing(start: Callable[[], Engine]) -> None:
     assert again.end.tokens.recomputed == told.end.tokens.recomputed
 
 
-def test_the_same_chunks_in_another_order(engine: Engine) -> None:
+def test_the_same_chunks_in_another_order(engine: Engine, no_encoding: Callable[[], None]) -> None:
     engine.cache(PASSAGES)
+    no_encoding()
     straight = ask(engine, question(ratio=0.0))
-    keys = engine.store.keys()
+    keys = engine.chunks.store.keys()
     turned = question(ratio=0.0, passages=PASSAGES[::-1])
     told = ask(engine, turned)
-    assert engine.store.keys() == keys
+    assert engine.chunks.store.keys() == keys
     assert told.end.tokens.reused == told.end.tokens.context == straight.end.tokens.reused
     assert told.text != straight.text, "order matters to the model"
     check_counts(engine, told, turned)
@@ -240,7 +255,7 @@ def test_one_passage_twice_in_a_prompt(engine: Engine) -> None:
     request = question(passages=(PASSAGES[0], PASSAGES[0]))
     for _ in range(2):
         check_counts(engine, ask(engine, request), request)
-    assert len(engine.store.keys()) == 2
+    assert len(engine.chunks.store.keys()) == 2
 
 
 @pytest.mark.parametrize("selector", ["default", "spectral", "sensitivity", "first", "random", "probe*spectral"])
@@ -255,13 +270,13 @@ def test_counts_add_up(engine: Engine, selector: str, ratio: float) -> None:
 def test_an_unknown_selector_is_refused_before_anything_is_computed(engine: Engine) -> None:
     with pytest.raises(QuireError, match="no selector 'prob'"):
         next(engine.answer(dataclasses.replace(question(), selector="prob")))
-    assert engine.store.keys() == []
+    assert engine.chunks.store.keys() == []
 
 
 def test_ratio_1_is_full_prefill(engine: Engine, tiny: Tiny, tmp_path: Path) -> None:
     told = ask(engine, question(ratio=1.0))
     assert told.end.tokens.reused == told.end.tokens.recomputed == 0
-    assert engine.store.keys() == []  # nothing is encoded for it
+    assert engine.chunks.store.keys() == []  # nothing is encoded for it
     other = Engine(tiny("llama"), tmp_path / "other", dataclasses.replace(SETTINGS, k_bits=16, v_bits=16))
     exact = ask(other, question(ratio=0.0, passages=PASSAGES[:1]))
     assert exact.text == ask(other, question(ratio=1.0, passages=PASSAGES[:1])).text
@@ -271,7 +286,8 @@ def test_ratio_1_is_full_prefill(engine: Engine, tiny: Tiny, tmp_path: Path) -> 
 def test_full_prefill_is_chosen_when_it_is_as_fast_unless_insisted(engine: Engine) -> None:
     request = dataclasses.replace(question(ratio=0.9, passages=PASSAGES[:1]), insist=False)
     forecast = engine.forecast(request)
-    assert (forecast.ratio, forecast.reason[:52]) == (1.0, "Full prefill is predicted to be as fast (0 ms agains"[:52])
+    assert forecast.ratio == 1.0
+    assert re.fullmatch(r"Full prefill is predicted to be as fast \(\d+ ms against \d+ ms\)\.", forecast.reason)
     assert engine.forecast(dataclasses.replace(request, insist=True)).ratio == 0.9
 
 
@@ -314,7 +330,7 @@ def regions(file: Path) -> dict[str, int]:
     return {
         "magic": 0,
         "sizes": 14,
-        "fingerprint": 30,
+        "key": 30,
         "header": header.header_bytes - 2,
         "order": header.header_bytes + 1,
         "sinks": header.header_bytes + 2 * header.tokens * 3 + 5,
@@ -327,7 +343,7 @@ def regions(file: Path) -> dict[str, int]:
 
 
 REGIONS = (
-    *("magic", "sizes", "fingerprint", "header", "order", "sinks", "front's padding"),
+    *("magic", "sizes", "key", "header", "order", "sinks", "front's padding"),
     *("first layer", "last layer's keys", "last layer's values", "last byte"),
 )
 
@@ -363,7 +379,7 @@ def test_one_wrong_byte(start: Callable[[], Engine], engine: Engine, cache: Path
 
 
 def test_one_wrong_byte_in_the_preamble(start: Callable[[], Engine], engine: Engine, cache: Path, sound: Told) -> None:
-    file = next(cache.rglob(f"{engine._chunks.preamble.key}.kv"))
+    file = next(cache.rglob(f"{engine.chunks.preamble.key}.kv"))
     before = file.read_bytes()
     wrong = bytearray(before)
     wrong[len(wrong) // 2] ^= 1
@@ -499,11 +515,11 @@ class After:
 @pytest.mark.parametrize("asked", [0, 10, 40])
 def test_stopped_before_the_first_token(engine: Engine, ratio: float, asked: int) -> None:
     request = question(ratio=ratio)
-    engine.runtime  # noqa: B018  (loading asks nobody)
     stopped = ask(engine, request, After(asked))
     assert (stopped.end.ending, stopped.text) == ("stopped", "")
     whole = ask(engine, request)
-    assert whole.end.tokens.generated == 12
+    assert whole.end.ending in ("end", "length")
+    assert whole.text
     check_counts(engine, whole, request)
 
 
@@ -522,26 +538,26 @@ def test_stopped_while_answering(engine: Engine) -> None:
         texts += isinstance(event, Text)
     end = events[-1]
     assert isinstance(end, Answered)
-    assert (end.ending, end.tokens.generated) == ("stopped", 4)
+    assert (end.ending, end.tokens.generated) == ("stopped", 3)
     assert whole.text.startswith("".join(event.text for event in events if isinstance(event, Text)))
     check_counts(engine, Told(whole.forecast, "", end), request)
     assert ask(engine, request).text == whole.text
 
 
-def test_caching_stops_and_keeps_what_is_finished(start: Callable[[], Engine]) -> None:
+def test_caching_stops_and_keeps_what_is_finished(start: Callable[[], Engine], no_encoding: Callable[[], None]) -> None:
     engine = start()
     engine.cache([])
-    assert len(engine.store.keys()) == 1  # the preamble
+    assert len(engine.chunks.store.keys()) == 1  # the preamble
 
     def two_are_there() -> bool:
-        return len(engine.store.keys()) == 3
+        return len(engine.chunks.store.keys()) == 3
 
     with pytest.raises(Aborted):
         engine.cache(PASSAGES, two_are_there)
     assert [engine.is_cached(passage) for passage in PASSAGES] == [True, True, False]
     engine.cache(PASSAGES)
-    fresh = start()
-    assert ask(fresh, question()).end.timings.encode_ms < 1
+    no_encoding()
+    assert ask(start(), question()).forecast.missing_tokens == 0
 
 
 def test_an_answer_nobody_listens_to_the_end(engine: Engine) -> None:
@@ -560,7 +576,7 @@ def test_an_answer_nobody_listens_to_the_end(engine: Engine) -> None:
 @pytest.fixture(scope="module")
 def real(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     wording = Wording("Answer from the documents, in one short sentence.")
-    engine = Engine(smollm, tmp_path_factory.mktemp("real"), EngineSettings(wording, threads=2))
+    engine = Engine(smollm, tmp_path_factory.mktemp("real"), EngineSettings(wording, threads=1))
     engine.cache(REAL)
     return engine
 
@@ -580,7 +596,7 @@ def test_the_real_model_answers_from_stitched_passages(real: Engine, asked: str,
     told = ask(real, request)
     assert answer in told.text
     assert told.end.tokens.reused > 0.7 * told.end.tokens.context
-    assert told.end.timings.encode_ms < 5
+    assert told.forecast.missing_tokens == 0
     check_counts(real, told, request)
 
 

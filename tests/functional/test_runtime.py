@@ -350,7 +350,8 @@ def test_a_probe_leaves_no_trace(llama: LlamaCppRuntime) -> None:
     chunks = readers(llama, prompt)
     without = stitched(llama, prompt, chunks, everything(prompt, False))
     place(llama, prompt, chunks)
-    llama.probe(some_tokens(30, 5), prompt.context_tokens)
+    mass = llama.probe(some_tokens(30, 5), prompt.context_tokens)
+    np.testing.assert_allclose(llama.probe(some_tokens(30, 5), prompt.context_tokens), mass, rtol=1e-3)
     llama.execute(plan.stitch(prompt, everything(prompt, False)))
     assert distance(llama.extend(prompt.question.tokens), without) < 1e-4
 
@@ -417,16 +418,33 @@ def test_an_aborted_stitch_leaves_the_runtime_usable(llama: LlamaCppRuntime) -> 
     assert distance(stitched(llama, prompt, chunks, everything(prompt, True)), expected) < 1e-4
 
 
-def test_growing_while_abortable_does_not_crash(tiny: Tiny) -> None:
-    """The context is replaced by a larger one inside the block. In a process of its own: it died of a segfault."""
-    script = f"""
+def alone(model: Path, script: str) -> str:
+    """What a script prints in a process of its own, because what it tests has died of a segmentation fault."""
+    head = f"""
+from pathlib import Path
 from quire_engine import gguf
-from quire_engine.errors import Aborted
+from quire_engine.errors import Aborted, ModelError
+from quire_engine.runtimes import llama_context
 from quire_engine.runtimes.llama_context import LlamaModel
 from quire_engine.runtimes.llama_cpp import LlamaCppRuntime
-from pathlib import Path
-path = Path({str(tiny("llama"))!r})
+path = Path({str(model)!r})
 runtime = LlamaCppRuntime(LlamaModel(path), gguf.shape(gguf.read(path)), 1)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", head + script],
+        env={"PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr or f"signal {-done.returncode}"
+    return done.stdout
+
+
+def test_growing_while_abortable(tiny: Tiny) -> None:
+    """The context is replaced by a larger one inside the block."""
+    script = """
 asked = []
 with runtime.abortable(lambda: bool(asked.append(1))):
     runtime.encode([9] * 900, [10] * 600)
@@ -438,15 +456,26 @@ except Aborted:
     print("aborted")
 runtime.encode([9] * 3000, [10] * 600)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={"PYTHONPATH": ":".join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (0, "aborted\n"), done.stderr
+    assert alone(tiny("llama"), script) == "aborted\n"
+
+
+@pytest.mark.parametrize("work", ["runtime.reserve(1_000_000)", "runtime.encode([9] * 3000, [10])"])
+def test_no_memory_for_a_larger_context(tiny: Tiny, work: str) -> None:
+    """The next, smaller work finds a context again."""
+    script = f"""
+create = llama_context.c.llama_init_from_model
+llama_context.c.llama_init_from_model = lambda model, parameters: None
+try:
+    with runtime.abortable(lambda: False):
+        {work}
+except ModelError as error:
+    print(error)
+llama_context.c.llama_init_from_model = create
+runtime.encode([9] * 30, [10] * 6)
+runtime.reserve(100)
+runtime.encode([9] * 30, [10] * 6)
+"""
+    assert alone(tiny("llama"), script).startswith("llama.cpp could not make a context of ")
 
 
 # Extending

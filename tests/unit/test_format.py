@@ -16,7 +16,7 @@ from quire_engine.kv.format import PAGE_BYTES, ChunkReader, to_bytes
 from quire_engine.types import BitPlan, ChunkKV
 from quire_kernels.place import PackedTensor
 
-FINGERPRINT = bytes(range(32))
+KEY = bytes(range(32))
 
 
 class Memory:
@@ -60,7 +60,7 @@ def assert_same(a: codec.PackedChunk, b: codec.PackedChunk) -> None:
 
 
 TINY = some_chunk(7, BitPlan((2,), (1,)))
-TINY_BYTES = to_bytes(TINY, FINGERPRINT)
+TINY_BYTES = to_bytes(TINY, KEY)
 
 
 def test_golden_bytes() -> None:
@@ -75,7 +75,7 @@ def test_fields_lie_where_the_document_says() -> None:
     assert data[:8] == b"QUIRE-KV"
     assert struct.unpack_from("<II", data, 8) == (1, 4096)
     assert struct.unpack_from("<Q", data, 16) == (12288,)
-    assert data[24:56] == FINGERPRINT
+    assert data[24:56] == KEY
     assert struct.unpack_from("<7I", data, 56) == (7, 4, 1, 1, 8, 8, 1)
     assert struct.unpack_from("<I", data, 84) == (zlib.crc32(data[4096:8192]),)
     name, scale = struct.unpack_from("<28sf", data, 88)
@@ -120,8 +120,8 @@ def test_fields_lie_where_the_document_says() -> None:
 def test_what_is_written_is_read(tokens: int, bits: list[tuple[int, int]], heads: int, dim: int) -> None:
     k_bits, v_bits = zip(*bits, strict=True)
     chunk = some_chunk(tokens, BitPlan(k_bits, v_bits), heads, dim)
-    reader = ChunkReader(Memory(to_bytes(chunk, FINGERPRINT)))
-    assert (reader.tokens, reader.header.fingerprint) == (tokens, FINGERPRINT)
+    reader = ChunkReader(Memory(to_bytes(chunk, KEY)))
+    assert (reader.tokens, reader.header.key) == (tokens, KEY)
     assert_same(reader.chunk(), chunk)
     np.testing.assert_allclose(reader.scores["spectral"], chunk.scores["spectral"], rtol=1e-3)
 
@@ -131,7 +131,7 @@ def test_scores_of_any_size_fit_float16() -> None:
     ones = np.ones((1, 3, 1, 8), np.float16)
     kv = ChunkKV(ones, ones, {name: score.astype(np.float32) for name, score in scores.items()})
     chunk = codec.encode(kv, BitPlan((4,), (4,)), codec.text_order(3))
-    reader = ChunkReader(Memory(to_bytes(chunk, FINGERPRINT)))
+    reader = ChunkReader(Memory(to_bytes(chunk, KEY)))
     assert list(reader.scores) == list(scores)
     for name, score in scores.items():
         np.testing.assert_allclose(reader.scores[name], score, rtol=1e-3)
@@ -139,7 +139,7 @@ def test_scores_of_any_size_fit_float16() -> None:
 
 def test_a_model_of_many_layers_gets_a_longer_header() -> None:
     chunk = some_chunk(6, BitPlan.uniform(80, 4, 3))
-    reader = ChunkReader(Memory(to_bytes(chunk, FINGERPRINT)))
+    reader = ChunkReader(Memory(to_bytes(chunk, KEY)))
     assert reader.header.header_bytes == 2 * PAGE_BYTES
     assert all(entry.offset % PAGE_BYTES == 0 for entry in reader.header.layers)
     assert_same(reader.chunk(), chunk)
@@ -149,14 +149,14 @@ def test_a_stored_order_comes_back() -> None:
     order = np.array([0, 1, 2, 3, 9, 5, 7, 4, 6, 8], np.uint16)
     kv = codec.decode(some_chunk(10, BitPlan((16,), (16,))))
     chunk = codec.encode(kv, BitPlan((16,), (16,)), order)
-    reader = ChunkReader(Memory(to_bytes(chunk, FINGERPRINT)))
+    reader = ChunkReader(Memory(to_bytes(chunk, KEY)))
     np.testing.assert_array_equal(reader.order, order)
     np.testing.assert_array_equal(codec.decode(reader.chunk()).k_pre, kv.k_pre)
 
 
 def test_fewer_planes_read_fewer_bytes_and_keep_the_top_bits() -> None:
     chunk = some_chunk(68, BitPlan.uniform(2, 6, 4), heads=2, dim=64)
-    source = Memory(to_bytes(chunk, FINGERPRINT))
+    source = Memory(to_bytes(chunk, KEY))
     reader = ChunkReader(source)
     whole = reader.layer(1)
     source.reads.clear()
@@ -173,7 +173,7 @@ def test_fewer_planes_read_fewer_bytes_and_keep_the_top_bits() -> None:
 
 
 def test_damage_in_a_plane_that_is_not_read_does_no_harm() -> None:
-    source = Memory(to_bytes(some_chunk(68, BitPlan((4,), (4,))), FINGERPRINT))
+    source = Memory(to_bytes(some_chunk(68, BitPlan((4,), (4,))), KEY))
     reader = ChunkReader(source)
     source.data[-PAGE_BYTES + 100] ^= 1  # K's grid
     with pytest.raises(DamagedChunk, match="layer 0"):
@@ -207,7 +207,7 @@ def test_every_flipped_bit_is_noticed() -> None:
 
 
 def test_every_truncation_is_noticed_at_opening() -> None:
-    data = to_bytes(some_chunk(200, BitPlan.uniform(3, 8, 16), heads=2), FINGERPRINT)
+    data = to_bytes(some_chunk(200, BitPlan.uniform(3, 8, 16), heads=2), KEY)
     assert len(data) > 10 * PAGE_BYTES
     for length in [0, 1, 50, 91, 92, 100, *range(PAGE_BYTES, len(data), PAGE_BYTES), len(data) - 1]:
         with pytest.raises(DamagedChunk):
@@ -239,7 +239,7 @@ def test_other_files_are_refused() -> None:
 
 def test_layers_can_be_read_by_several_threads() -> None:
     chunk = some_chunk(120, BitPlan.uniform(8, 5, 3), heads=2, dim=64)
-    reader = ChunkReader(Memory(to_bytes(chunk, FINGERPRINT)))
+    reader = ChunkReader(Memory(to_bytes(chunk, KEY)))
     with ThreadPoolExecutor(4) as pool:
         layers = list(pool.map(reader.layer, [*range(8)] * 10))
     for i, layer in enumerate(layers):
@@ -249,11 +249,11 @@ def test_layers_can_be_read_by_several_threads() -> None:
         np.testing.assert_array_equal(v, v_expected)
 
 
-def test_fingerprints_and_names_of_the_wrong_length_are_refused() -> None:
+def test_keys_and_names_of_the_wrong_length_are_refused() -> None:
     with pytest.raises(ValueError, match="32 bytes, not 31"):
         to_bytes(TINY, bytes(31))
     ones = np.ones((1, 3, 1, 8), np.float16)
     kv = ChunkKV(ones, ones, {"x" * 29: np.ones(3, np.float32)})
     long_name = codec.encode(kv, BitPlan((4,), (4,)), codec.text_order(3))
     with pytest.raises(ValueError, match="1 to 28 bytes"):
-        to_bytes(long_name, FINGERPRINT)
+        to_bytes(long_name, KEY)

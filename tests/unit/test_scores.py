@@ -77,7 +77,7 @@ def test_sensitivity_is_the_deviation_relative_to_the_layers_mean() -> None:
     np.testing.assert_allclose(scores, np.array([0, 2.5, 2.5, 5, 0]) / 2, rtol=5e-3)
 
 
-@pytest.mark.parametrize(("layers", "early"), [(1, 1), (2, 1), (8, 2), (30, 8), (32, 8)])
+@pytest.mark.parametrize(("layers", "early"), [(1, 1), (2, 2), (8, 2), (30, 8), (32, 8)])
 def test_early_layers(layers: int, early: int) -> None:
     assert sensitivity.early_layers(layers) == early
 

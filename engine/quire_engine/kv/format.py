@@ -24,11 +24,11 @@ from quire_kernels.quantize import GROUP, Grid
 
 VERSION = 1
 PAGE_BYTES = 4096
-FINGERPRINT_BYTES = 32
+KEY_BYTES = 32
 ALL_PLANES = 8
 
 _MAGIC = b"QUIRE-KV"
-# magic, version, header bytes, file bytes, fingerprint, tokens, sinks, layers, KV heads, key dim, value dim,
+# magic, version, header bytes, file bytes, key, tokens, sinks, layers, KV heads, key dim, value dim,
 # scores, front CRC
 _FIXED = struct.Struct("<8sIIQ32s8I")
 _SCORE = struct.Struct("<28sf")  # name, scale
@@ -84,11 +84,11 @@ class LayerEntry:
 class Header:
     """What is known of a chunk before its numbers are read.
 
-    fingerprint: 32 bytes that name the model, tokenizer, RoPE and preamble the numbers belong to.
+    key: 32 bytes, the address of the chunk, so that a file under another name is not mistaken for it.
     scores: name and scale of every stored score.
     """
 
-    fingerprint: bytes
+    key: bytes
     tokens: int
     sinks: int
     kv_heads: int
@@ -121,10 +121,10 @@ class Header:
         return _padded(2 * (self.tokens * (1 + len(self.scores)) + len(self.layers) * self.sinks * row))
 
 
-def to_bytes(chunk: PackedChunk, fingerprint: bytes) -> bytes:
-    """The whole file. Raises ValueError when the fingerprint has not 32 bytes or a score's name 1 to 28."""
-    if len(fingerprint) != FINGERPRINT_BYTES:
-        raise ValueError(f"a fingerprint has {FINGERPRINT_BYTES} bytes, not {len(fingerprint)}")
+def to_bytes(chunk: PackedChunk, key: bytes) -> bytes:
+    """The whole file. Raises ValueError when the key has not 32 bytes or a score's name 1 to 28."""
+    if len(key) != KEY_BYTES:
+        raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
     if too_long := [name for name in chunk.scores if not 1 <= len(name.encode()) <= 28]:
         raise ValueError(f"a score's name has 1 to 28 bytes: {too_long}")
     scales = {name: float(abs(score).max()) or 1.0 for name, score in chunk.scores.items()}
@@ -136,7 +136,7 @@ def to_bytes(chunk: PackedChunk, fingerprint: bytes) -> bytes:
         entries.append(LayerEntry(chunk.plan.k_bits[i], chunk.plan.v_bits[i], len(block), offset, crcs))
         offset += len(block)
     header = Header(
-        fingerprint,
+        key,
         tokens=len(chunk.order),
         sinks=len(chunk.layers[0].k_sinks),
         kv_heads=chunk.kv_heads,
@@ -287,7 +287,7 @@ def _header_bytes(h: Header) -> bytes:
         VERSION,
         h.header_bytes,
         h.file_bytes,
-        h.fingerprint,
+        h.key,
         h.tokens,
         h.sinks,
         len(h.layers),
@@ -305,7 +305,7 @@ def _header_bytes(h: Header) -> bytes:
 
 def _read_header(source: ByteSource) -> Header:
     fixed = _FIXED.unpack(_read_exactly(source, 0, _FIXED.size))
-    magic, version, header_bytes, file_bytes, fingerprint, *sizes, scores, front_crc = fixed
+    magic, version, header_bytes, file_bytes, key, *sizes, scores, front_crc = fixed
     tokens, sinks, layers, kv_heads, key_dim, value_dim = sizes
     if magic != _MAGIC:
         raise _damaged("it does not begin like a chunk")
@@ -321,7 +321,7 @@ def _read_header(source: ByteSource) -> Header:
     named = _SCORE.iter_unpack(body[_FIXED.size : first_layer])
     entries = _LAYER.iter_unpack(body[first_layer : first_layer + layers * _LAYER.size])
     return Header(
-        fingerprint=fingerprint,
+        key=key,
         tokens=tokens,
         sinks=sinks,
         kv_heads=kv_heads,

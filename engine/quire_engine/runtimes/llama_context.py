@@ -128,7 +128,7 @@ class LlamaContext:
     def close(self) -> None:
         if self.handle:
             c.llama_free(self.handle)
-            self.handle = None
+            self.handle, self.cells = None, 0
 
     def decode(
         self, tokens: Sequence[int], positions: npt.ArrayLike, sequences: npt.ArrayLike, logits: bool = False
@@ -189,7 +189,8 @@ class LlamaContext:
         c.llama_memory_seq_rm(self.memory, sequence, start, stop)
 
     def clear(self) -> None:
-        c.llama_memory_clear(self.memory, False)
+        if self.handle:
+            c.llama_memory_clear(self.memory, False)
 
     def read_state(self, sequence: int) -> npt.NDArray[np.uint8]:
         """The state blob of one sequence; llama_state.py knows its layout."""
@@ -227,19 +228,15 @@ class LlamaContext:
         with self.capturing_queries([layers]):  # the next layer's queries need nothing of its own keys
             yield
 
-    @contextmanager
-    def abortable(self, should_stop: Callable[[], bool]) -> Iterator[None]:
-        """Within the block, decode raises Aborted soon after should_stop() turns true.
+    def abort_when(self, should_stop: Callable[[], bool] | None) -> None:
+        """From now on decode raises Aborted soon after should_stop() turns true; None: never.
 
         Not used while generating: the check runs once per graph node and costs a millisecond a token.
         """
-        callback = c.ggml_abort_callback(lambda _data: should_stop())
-        self._abort_callback = callback  # kept alive while llama.cpp may call it
-        c.llama_set_abort_callback(self.handle, callback, ctypes.c_void_p(0))
-        try:
-            yield
-        finally:
-            c.llama_set_abort_callback(self.handle, _NO_ABORT, ctypes.c_void_p(0))
+        # Kept alive while llama.cpp may call it.
+        self._abort_callback = _NO_ABORT if should_stop is None else c.ggml_abort_callback(lambda _data: should_stop())
+        if self.handle:
+            c.llama_set_abort_callback(self.handle, self._abort_callback, ctypes.c_void_p(0))
 
     def _on_node(self, tensor: int, ask: bool, _data: int | None) -> bool:
         """llama.cpp asks for every graph node whether its value is wanted, then shows it."""

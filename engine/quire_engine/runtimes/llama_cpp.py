@@ -7,8 +7,8 @@ assembled from placed runs and fresh spans. Spans see stale copies of one anothe
 saves most of the time (docs/decisions/llama_cpp_spans.md).
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 
@@ -40,15 +40,16 @@ class LlamaCppRuntime:
         self._sequences = _SEQUENCES if stitching else 1
         self._context = LlamaContext(model, _CELL_STEP, self._sequences, threads)
         self._guards: dict[tuple[int, ...], int] = {}  # guard tokens -> sequence that holds their KV
-        self._magic = 0
         self._placed: llama_state.SequenceState | None = None
         self._live_tokens = 0
+        self._should_stop: Callable[[], bool] | None = None
 
     def reserve(self, tokens: int) -> None:
         cells = -(-tokens // _CELL_STEP) * _CELL_STEP
         if cells > self._context.cells:
             self._context.close()
             self._context = LlamaContext(self.model, cells, self._sequences, self._threads)
+            self._context.abort_when(self._should_stop)
         self._clear()
 
     def _clear(self) -> None:
@@ -58,8 +59,15 @@ class LlamaCppRuntime:
     def close(self) -> None:
         self._context.close()
 
-    def abortable(self, should_stop: Callable[[], bool]) -> AbstractContextManager[None]:
-        return self._context.abortable(should_stop)
+    @contextmanager
+    def abortable(self, should_stop: Callable[[], bool]) -> Iterator[None]:
+        self._should_stop = should_stop
+        self._context.abort_when(should_stop)
+        try:
+            yield
+        finally:
+            self._should_stop = None
+            self._context.abort_when(None)  # which may be another context than at the beginning
 
     # Encoding
 
@@ -83,8 +91,8 @@ class LlamaCppRuntime:
             self.reserve(used + room)
         if guard not in self._guards:
             sequence = FIRST_SPAN + len(self._guards)
-            if guard:
-                self._context.decode(guard, np.arange(len(guard)), sequence)
+            self._context.remove(sequence)  # what an aborted reading left
+            self._context.decode(guard, np.arange(len(guard)), sequence)
             self._guards[guard] = sequence
         return self._guards[guard]
 
@@ -106,10 +114,11 @@ class LlamaCppRuntime:
 
     def place(self, placements: Sequence[Placement]) -> None:
         tokens = max(placement.rows.stop for placement in placements)
-        state = llama_state.empty(self.shape, tokens, self._state_magic())
+        self._clear()
+        magic = llama_state.magic_of(self._context.read_state(PLACED))  # also of a sequence that holds nothing yet
+        state = llama_state.empty(self.shape, tokens, magic)
         state.positions[:] = np.arange(tokens)
         transfer.place(placements, self.shape.rope, state.k_rot, state.v)
-        self._clear()
         self._context.write_state(PLACED, state.blob)
         self._placed = state
 
@@ -153,12 +162,3 @@ class LlamaCppRuntime:
         self._context.decode(tokens, self._live_tokens + np.arange(len(tokens)), LIVE, logits=True)
         self._live_tokens += len(tokens)
         return self._context.logits()
-
-    def _state_magic(self) -> int:
-        """llama.cpp begins its blobs with a private number: taken from a blob of its own."""
-        if not self._magic:
-            self._clear()
-            self._context.decode([0], 0, SCRATCH)
-            self._magic = llama_state.magic_of(self._context.read_state(SCRATCH))
-            self._clear()
-        return self._magic

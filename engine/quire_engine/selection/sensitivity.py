@@ -21,7 +21,7 @@ _NEVER_ZERO = 1e-3  # layer 0 depends on the token alone and does not differ at 
 
 def early_layers(layers: int) -> int:
     """How many layers the second reading computes."""
-    return max(1, min(layers, round(layers / 4)))
+    return min(layers, max(2, round(layers / 4)))  # layer 0 depends on the token alone
 
 
 def score(first: tuple[Float16, Float16], second: tuple[Float16, Float16]) -> Float32:

@@ -11,8 +11,8 @@ ALPHA = 0.5  # the published share of frequency bins that is kept
 
 
 def score(k_pre: Float16, v: Float16, alpha: float = ALPHA) -> Float32:
-    """Score per token [tokens], summing to 1: per layer, the norm of the low-passed K and V over heads and channels,
-    averaged, as a share of the layer's sum over tokens; then the mean over layers.
+    """Score per token [tokens], summing to 1 (0 for a single token): per layer, the norm of the low-passed K and V over
+    heads and channels, averaged, as a share of the layer's sum over tokens; then the mean over layers.
 
     k_pre, v: [layers, tokens, kv_heads, dim].  alpha: share of rFFT bins along the token axis that is kept.
     """
