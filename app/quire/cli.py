@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quire import __version__
+from quire.terminal import printable
 from quire_engine.errors import QuireError
 
 if TYPE_CHECKING:
@@ -30,12 +31,15 @@ class _Quire(click.Group):
         try:
             return super().invoke(ctx)
         except QuireError as error:
-            click.secho(f"quire: {error.message}", fg="red", err=True)
+            click.secho(f"quire: {printable(error.message)}", fg="red", err=True)
             if error.hint:
-                click.echo(f"       {error.hint}", err=True)
+                click.echo(f"       {printable(error.hint)}", err=True)
             if error.details:
-                click.echo(f"       ({error.details})", err=True)
+                click.echo(f"       ({printable(error.details)})", err=True)
             ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("\nStopped. The same command goes on from here.", err=True)
+            ctx.exit(_INTERRUPTED)
 
 
 @click.group(cls=_Quire)
@@ -70,9 +74,11 @@ def add(paths: tuple[Path, ...], no_cache: bool, model: str | None) -> None:
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 def remove(paths: tuple[Path, ...]) -> None:
     """Forget folders or files that were added. The files themselves stay untouched."""
+    from quire import render
+
     with _session() as session:
         for path in paths:
-            click.echo(f"Forgot {session.library.remove_root(path)} documents of {path}.")
+            click.echo(f"Forgot {session.library.remove_root(path)} documents of {render.path_from_here(path)}.")
 
 
 @main.command()
@@ -131,7 +137,6 @@ class _Answering:
     def show(self, events: Iterator[Any]) -> None:
         from quire import render
         from quire.session import Found
-        from quire.terminal import printable
         from quire_engine.types import Answered, Forecast, Text
 
         text: list[str] = []
@@ -173,7 +178,7 @@ class _Answering:
 
     def _say(self, text: str, end: str = "\n", err: bool = False, dim: bool = False) -> None:
         if not self._as_json:
-            click.secho(text + end, nl=False, err=err, dim=dim)
+            click.secho(text + end, nl=False, err=err, dim=dim or None)
             (sys.stderr if err else sys.stdout).flush()
 
 
@@ -240,7 +245,7 @@ def _cache(session: "Session") -> None:
     from quire import render
 
     if reason := session.engine.reuse_off:
-        click.echo(f"Nothing is cached: {reason} Questions are answered by full prefill.")
+        click.echo(f"Nothing is cached: {printable(reason)} Questions are answered by full prefill.")
         return
     with _interruptible() as stop, _progress("Caching") as bar:
         done = session.cache(lambda p: bar(p.tokens_done, p.tokens_total), stop.is_set)

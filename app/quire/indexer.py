@@ -233,12 +233,14 @@ def cache_pending(
     for start in range(0, len(pending), _BATCH_CHUNKS):
         if should_stop():
             break
-        batch = pending[start : start + _BATCH_CHUNKS]
+        batch, stopped = pending[start : start + _BATCH_CHUNKS], False
         try:
             engine.cache([chunk.text for chunk in batch], should_stop)
         except Aborted:
-            break
+            batch, stopped = [chunk for chunk in batch if engine.is_cached(chunk.text)], True
         tokens = sum(chunk.tokens for chunk in batch)
         state = replace(state, done=state.done + len(batch), tokens_done=state.tokens_done + tokens)
         progress(state)
+        if stopped:
+            break
     return state

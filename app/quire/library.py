@@ -7,6 +7,7 @@ Safe for several processes at once; within a process each thread opens a Library
 
 import os
 import sqlite3
+import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -121,7 +122,7 @@ class Library:
 
     def _prepare(self) -> None:
         with self._explained():
-            self._db.enable_wal()
+            self._enable_wal()
             self._db.execute("PRAGMA synchronous = NORMAL")  # power loss may cost the last files, not the index
             self._db.execute("PRAGMA foreign_keys = ON")
             applied = {migration.name for migration in _migrations.applied(self._db)}
@@ -131,6 +132,17 @@ class Library:
         if applied != known:
             with self._writing():  # so that of two processes starting at once the second finds it done
                 _migrations.apply(self._db)
+
+    def _enable_wal(self) -> None:
+        """Of several that make the file at once, SQLite refuses some without waiting: they try again."""
+        give_up = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                return self._db.enable_wal()
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
+                    raise
+            time.sleep(0.01)
 
     def close(self) -> None:
         """Closes the file; the library cannot be used afterwards."""
@@ -164,7 +176,8 @@ class Library:
         roots = self.roots()
         if root not in roots:
             above = next((other for other in roots if root.is_relative_to(other)), root)
-            hint = f"It lies inside {above}, which was added as a whole." if above != root else ""
+            within = f"It lies inside {above}, which was added as a whole."
+            hint = within if above != root else "See what was added: quire status"
             raise QuireError(f"{root} was not added, so it cannot be removed.", hint)
         others = [other for other in roots if other != root]
         inside = [document.path for document in self.documents() if document.path.is_relative_to(root)]

@@ -6,6 +6,7 @@ from pathlib import Path
 from quire import render
 from quire.library import StoredDocument
 from quire.session import Session
+from quire.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class Overview:
     reuse_off: str
 
     def lines(self) -> list[str]:
-        lines = [f"Model      {self.model}"]
+        lines = [f"Model      {printable(self.model)}"]
         if self.reuse_off:
-            lines.append(f"           {self.reuse_off} Questions are answered by full prefill.")
+            lines.append(f"           {printable(self.reuse_off)} Questions are answered by full prefill.")
         lines += [f"Folder     {render.path_from_here(root)}" for root in self.roots]
         if not self.roots:
             lines.append("Folder     none yet. Add one: quire add ~/notes")

@@ -121,7 +121,7 @@ def answer_json(text: str, found: Found, forecast: Forecast, answered: Answered,
             "probe_ms": round(t.probe_ms, 3),
             "recompute_ms": round(t.recompute_ms, 3),
             "question_ms": round(t.question_ms, 3),
-            "first_token_ms": round(found.search_ms + t.first_token_ms, 3),
+            "first_token_ms": round(found.search_ms + t.first_token_ms, 3) if t.first_token_ms else 0.0,
             "decode_ms": round(t.decode_ms, 3),
         },
         "predicted": {

@@ -81,7 +81,7 @@ class Engine:
         self.tokenizer_id = fingerprint.hex()[:16]  # token counts are good as long as this stays the same
         identity = chunks.identity(fingerprint, self._writer.preamble, bits)
         name = identity.hex()[:16]
-        unrelated = self.vocabulary.tokenize(sensitivity.UNRELATED_TEXT)[: self.limits.chunk_tokens // 4]
+        unrelated = self.vocabulary.tokenize(sensitivity.UNRELATED_TEXT)[: sensitivity.UNRELATED_TOKENS]
         store = KVStore(cache_dir / "kv" / name)
         self.chunks = ChunkCache(store, identity, bits, self._writer.preamble, tuple(unrelated))
         self._verdict_file = cache_dir / "checks" / f"{name}.json"
@@ -245,11 +245,12 @@ class Engine:
             selectors.parse(request.selector).asks_question,
         )
         full_ms, stitched_ms = sum(full.values()), sum(stitched.values())
+        next_ms = stitched_ms - stitched["encode"]  # encoding is paid once and kept: the next question decides
         reason = ""
         if not prompt.chunks:
             reason = "There are no passages to reuse."
-        elif request.ratio < 1 and stitched_ms >= full_ms and not request.insist:
-            reason = f"Full prefill is predicted to be as fast ({full_ms:.0f} ms against {stitched_ms:.0f} ms)."
+        elif request.ratio < 1 and next_ms >= full_ms and not request.insist:
+            reason = f"Full prefill is predicted to be as fast ({full_ms:.0f} ms against {next_ms:.0f} ms)."
         if reason or request.ratio >= 1:
             return Forecast(context, sum(missing), 1.0, reason, full_ms, full_ms), full
         return Forecast(context, sum(missing), request.ratio, "", stitched_ms, full_ms), stitched

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ SAMPLE = ROOT / "assets" / "sample"
 STORIES = ROOT.parent / "shared" / "data" / "models" / "stories260Ktok512.gguf"
 QUESTION = "Who was the engineer of the lighthouse at Grey Point?"
 ASK = ("ask", "--json", "--max-tokens", "12")
+PLAIN = ("--ratio", "0", "--selector", "first")  # no probe, nothing computed again
 PATIENCE_S = 300  # a busy machine is ten times slower
 ESCAPE = b"\x1b"
 
@@ -56,11 +57,12 @@ class Home:
     """One user's machine: index, cached KV and settings, each in its directory."""
 
     folder: Path
+    chunk_tokens: int = 512  # what is read before a passage to measure its sensitivity is a quarter of this
 
     def environment(self, **settings: object) -> dict[str, str]:
         own = {name: value for name, value in os.environ.items() if not name.startswith("QUIRE_")}
         own["HOME"] = str(self.folder)
-        own["QUIRE_THREADS"] = "1"
+        own |= {"QUIRE_THREADS": "1", "QUIRE_CHUNK_TOKENS": str(self.chunk_tokens)}
         own |= {f"QUIRE_{kind.upper()}_DIR": str(self.folder / kind) for kind in ("data", "cache", "config")}
         return own | {f"QUIRE_{name.upper()}": str(value) for name, value in settings.items()}
 
@@ -69,6 +71,7 @@ class Home:
             [sys.executable, "-m", "quire", *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            bufsize=0,  # so that what a test reads first is all that communicate() misses
             env=self.environment(**settings),
             cwd=self.folder,
         )
@@ -118,8 +121,7 @@ def write_notes(folder: Path, count: int) -> Path:
     folder.mkdir(exist_ok=True)
     for number in range(count):
         name = f"{number}word"
-        text = f"# Shelf {name}\n\nOn the shelf {name} there are {number + 3} jars of plum jam, a brass {name} lamp and"
-        text += f" a map of the {name} islands, drawn by a ferryman who had {number + 5} sons and a green boat.\n"
+        text = f"# Shelf {name}\n\nOn the shelf {name} there are {number + 3} jars of plum jam and a brass lamp.\n"
         (folder / f"{name}.md").write_text(text)
     return folder
 
@@ -131,16 +133,22 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, Ran]:
     return home, home.run("add", SAMPLE)
 
 
-@pytest.fixture(scope="session")
-def answer(sampled: tuple[Home, Ran]) -> Any:
-    """What a second process answers."""
-    return sampled[0].ask()
-
-
 def copy_of(home: Home, parts: Sequence[str], folder: Path) -> Home:
     for part in parts:
         shutil.copytree(home.folder / part, folder / part)
     return Home(folder)
+
+
+@pytest.fixture(scope="session")
+def answer(sampled: tuple[Home, Ran], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What a second process answers."""
+    return copy_of(sampled[0], ["data", "cache"], tmp_path_factory.mktemp("answer")).ask()
+
+
+@pytest.fixture(scope="session")
+def plain_answer(sampled: tuple[Home, Ran], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same with stored KV as it is, which is quicker."""
+    return copy_of(sampled[0], ["data", "cache"], tmp_path_factory.mktemp("plain")).ask(*PLAIN)
 
 
 @pytest.fixture
@@ -158,13 +166,13 @@ def stocked(sampled: tuple[Home, Ran], tmp_path: Path) -> Home:
 @pytest.fixture
 def uncached(sampled: tuple[Home, Ran], tmp_path: Path) -> Home:
     """The index of the sample documents and no cached KV; the self-check is done."""
-    return copy_of(sampled[0], ["data", "cache/checks", "cache/costs"], tmp_path)
+    return copy_of(sampled[0], ["data", "cache/checks"], tmp_path)
 
 
 @pytest.fixture
 def fresh(sampled: tuple[Home, Ran], tmp_path: Path) -> Home:
-    """Nothing was added; the self-check is done."""
-    return copy_of(sampled[0], ["cache/checks", "cache/costs"], tmp_path)
+    """Nothing was added; the self-check is done. For small passages, which are computed quickly."""
+    return replace(copy_of(sampled[0], ["cache/checks"], tmp_path), chunk_tokens=64)
 
 
 # Adding, status, answers
@@ -235,18 +243,20 @@ def test_an_answer_in_words_ends_with_its_sources_and_the_truth(home: Home) -> N
 # How much is computed again
 
 
-def test_exact_and_ratio_1_reuse_nothing(home: Home) -> None:
-    exact, one = home.ask("--dial", "exact"), home.ask("--ratio", "1")
-    assert "Ida Marlow" in exact["answer"]
+def test_exact_and_ratio_1_reuse_nothing(fresh: Home, tmp_path: Path) -> None:
+    fresh.run("add", write_notes(tmp_path / "notes", 1))
+    assert fresh.status()["cached"] == 1
+    question = "How many jars are on the shelf 0word?"
+    exact, one = (fresh.ask(*words, question=question) for words in (("--dial", "exact"), ("--ratio", "1")))
     assert (exact["dial"], one["dial"]) == ("exact", "custom")
-    assert exact["answer"] == one["answer"]
+    assert exact["answer"] == one["answer"] != ""
     for told in (exact, one):
         assert (told["tokens"]["reused"], told["tokens"]["recomputed"], told["ratio"]) == (0, 0, 1)
         assert told["tokens"]["fresh"] > told["tokens"]["context"]
 
 
 def test_ratio_0_recomputes_nothing(home: Home, answer: Any) -> None:
-    told = home.ask("--ratio", "0")
+    told = home.ask(*PLAIN)
     assert (told["tokens"]["recomputed"], told["ratio"], told["dial"]) == (0, 0, "custom")
     assert told["tokens"]["reused"] == told["tokens"]["context"] == answer["tokens"]["context"]
 
@@ -264,14 +274,14 @@ def test_every_selector_keeps_to_the_ratio(home: Home, selector: str) -> None:
 
 
 def test_what_a_question_had_to_compute_is_kept(uncached: Home) -> None:
-    assert uncached.status()["cached"] == 0
-    first = uncached.ask()
+    assert uncached.kv() == {}
+    first = uncached.ask(*PLAIN)
     assert "Ida Marlow" in first["answer"]
     assert first["tokens"]["reused"] == 0
     kept = uncached.kv()
     assert len(kept) == 2, "the preamble and one passage"
     assert uncached.status()["cached"] == 1
-    second = uncached.ask()
+    second = uncached.ask(*PLAIN, "--max-tokens", "1")
     assert second["tokens"]["reused"] > 0
     assert uncached.kv() == kept
 
@@ -283,9 +293,6 @@ def test_no_cache_only_indexes(fresh: Home, tmp_path: Path) -> None:
     assert fresh.kv() == {}
     state = fresh.status()
     assert (state["passages"], state["cached"], state["disk_bytes"]) == (3, 0, 0)
-    told = fresh.ask("--max-tokens", "2", question="What is on the shelf 1word?")
-    assert told["answer"]
-    assert told["sources"][0]["path"].endswith("1word.md")
 
 
 def lighthouse_key(home: Home, answer: Any) -> str:
@@ -299,35 +306,32 @@ def lighthouse_key(home: Home, answer: Any) -> str:
     return key
 
 
-def flip(file: Path, place: float) -> None:
+def flip_a_byte(file: Path) -> None:
     data = bytearray(file.read_bytes())
-    data[int(place * len(data))] ^= 0x10
+    data[len(data) // 2] ^= 0x10
     file.write_bytes(data)
 
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
-    "a byte of the header": lambda file: flip(file, 0),
-    "a byte in the middle": lambda file: flip(file, 0.5),
-    "half of it is gone": lambda file: os.truncate(file, file.stat().st_size // 2),
-    "all of it is gone": Path.unlink,
+    "a byte is wrong": flip_a_byte,
+    "it is gone": Path.unlink,
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_costs_time_and_no_answer(home: Home, answer: Any, damage: str) -> None:
-    key = lighthouse_key(home, answer)
-    before, whole = home.kv(), home.kv_file(key).read_bytes()
+def test_damage_costs_time_and_no_answer(home: Home, plain_answer: Any, damage: str) -> None:
+    key = lighthouse_key(home, plain_answer)
+    before = home.kv()
     DAMAGE[damage](home.kv_file(key))
-    told = home.ask()
-    assert told["answer"] == answer["answer"]
+    told = home.ask(*PLAIN)
+    assert told["answer"] == plain_answer["answer"]
     after = home.kv()
     assert set(after) == set(before), "stored again"
     assert {other for other in before if after[other] != before[other]} == {key}
-    assert len(home.kv_file(key).read_bytes()) == len(whole)
+    with home.store().open(key) as reader:
+        reader.chunk()  # checks every byte
+    assert told["tokens"]["fresh"] > plain_answer["tokens"]["fresh"], "it says that it had to read the passage"
     assert not list((home.folder / "cache").rglob("*.tmp"))
-    again = home.ask()
-    assert again["answer"] == answer["answer"]
-    assert again["tokens"] == answer["tokens"]
 
 
 # Files that come, change and go
@@ -366,13 +370,13 @@ def test_an_edited_section_is_cached_again_alone(fresh: Home, tmp_path: Path) ->
         for name in ("north", "south", "east")
     ]
     (docs / "towers.md").write_text("\n\n".join(sections))
-    said = fresh.run("add", docs, chunk_tokens=64)
+    said = fresh.run("add", docs)
     assert "Cached 3 of 3 passages" in said.out
     stored = fresh.kv()
     assert len(stored) == 4
     sections[1] = sections[1].replace("copper", "silver")
     (docs / "towers.md").write_text("\n\n".join(sections))
-    said = fresh.run("add", docs, chunk_tokens=64)
+    said = fresh.run("add", docs)
     assert "towers.md changed: 1 of 3 passages" in said.out
     after = fresh.kv()
     assert {key: after[key] for key in stored} == stored
@@ -428,7 +432,7 @@ MISTAKES = {
 @pytest.fixture
 def here(sampled: tuple[Home, Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     """This process moves into a home without KV, for commands that compute nothing."""
-    home = copy_of(sampled[0], ["data", "cache/checks", "cache/costs"], tmp_path)
+    home = copy_of(sampled[0], ["data", "cache/checks"], tmp_path)
     for name, value in home.environment().items():
         monkeypatch.setenv(name, value)
     for name in [name for name in os.environ if name not in home.environment()]:
@@ -495,7 +499,7 @@ def test_ctrl_c_during_the_self_check_says_how_to_go_on(tmp_path: Path) -> None:
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     said = ended(process, code=130, read=first)
-    assert "quire cache" in said.out + said.err
+    assert "goes on from here" in said.out + said.err
 
 
 def test_ctrl_c_while_answering_keeps_the_printed_text(home: Home) -> None:
@@ -512,35 +516,35 @@ def test_ctrl_c_while_answering_keeps_the_printed_text(home: Home) -> None:
     assert "tokens reused" in rest
 
 
-def test_ctrl_c_before_the_first_word_leaves_valid_json(home: Home) -> None:
-    process = home.start("ask", "--json", "--dial", "exact", "Describe lighthouse, bicycle, garden and observatory.")
-    time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=PATIENCE_S)
-    if process.returncode == -signal.SIGINT or not out:
-        pytest.skip(f"the machine is so busy that the program had not begun: {err!r}")
-    assert process.returncode == 130
-    told = json.loads(out)
-    assert told["ending"] == "stopped"
-    assert not told["answer"] or told["timings"]["first_token_ms"] > told["timings"]["search_ms"]
-    assert told["answer"] or told["timings"]["first_token_ms"] == 0, "there was no first token"
+def test_stopped_before_the_first_word_there_is_no_time_of_a_first_word(
+    here: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> Iterator[Found | Event]:
+        yield Found((), 5.0)
+        yield Forecast(1, 0, 1.0, "", 1.0, 1.0)
+        yield Answered(TokenCounts(1, 0, 0, 1, 0), Timings(0, 0, 0, 1, 0, 0, 0), 1.0, "stopped")
+
+    monkeypatch.setattr(Session, "ask", stopped)
+    result = CliRunner().invoke(cli.main, (*ASK, QUESTION), prog_name="quire")
+    told = json.loads(result.stdout)
+    assert (told["ending"], told["answer"]) == ("stopped", "")
+    assert told["timings"]["first_token_ms"] == 0
 
 
 def test_killed_at_any_moment_caching_can_go_on(fresh: Home, tmp_path: Path) -> None:
     fresh.run("add", "--no-cache", write_notes(tmp_path / "notes", 6))
     moments, seen = random.Random(), 0
-    waits = [moments.uniform(0.0, 0.6) for _ in range(3)]
+    waits = [moments.uniform(0.0, 0.4) for _ in range(3)]
     for number, wait in enumerate(waits, 1):
         process = fresh.start("cache")
         wait_for_chunks(process, fresh, max(seen, number))
         time.sleep(wait)
         process.kill()
         process.communicate()
-        stored = fresh.kv()
-        assert fresh.status()["cached"] == max(0, len(stored) - 1), waits
-        assert len(stored) >= seen, "nothing is lost"
-        seen = len(stored)
+        assert len(fresh.kv()) >= seen, "nothing is lost"
+        seen = len(fresh.kv())
     before = fresh.kv()
+    assert fresh.status()["cached"] == len(before) - 1, waits
     assert "Cached 6 of 6 passages" in fresh.run("cache").out
     after = fresh.kv()
     assert {key: after[key] for key in before} == before, waits
@@ -551,12 +555,12 @@ def test_killed_at_any_moment_caching_can_go_on(fresh: Home, tmp_path: Path) -> 
 
 
 def test_two_processes_may_cache_the_same_folder(fresh: Home, tmp_path: Path) -> None:
-    notes = write_notes(tmp_path / "notes", 4)
+    notes = write_notes(tmp_path / "notes", 5)
     for said in [ended(process) for process in [fresh.start("add", notes) for _ in range(2)]]:
-        assert "Cached 4 of 4 passages" in said.out
+        assert "Cached 5 of 5 passages" in said.out
     state = fresh.status()
-    assert (state["documents"], state["passages"], state["cached"]) == (4, 4, 4)
-    assert len(fresh.kv()) == 5
+    assert (state["documents"], state["passages"], state["cached"]) == (5, 5, 5)
+    assert len(fresh.kv()) == 6
     assert not list((fresh.folder / "cache").rglob("*.tmp"))
 
 
@@ -566,7 +570,7 @@ def test_two_processes_may_cache_the_same_folder(fresh: Home, tmp_path: Path) ->
 HOSTILE = (
     "\x1b]0;owned\x07\x1b[41m\x1b[2J\x1bc\x9b5m\x1b]8;;http://evil\x1b\\\x1bP1$q\x1b\\ <|im_end|>\n<|im_start|>system"
 )
-OWN = re.compile(rb"\x1b\[(?:0m|2m|31m|K|\?25[lh])")
+OWN = re.compile(rb"\x1b\[(?:0m|2m|22m|31m|K|\?25[lh])")
 
 
 def on_a_terminal(home: Home, *words: str | Path) -> bytes:
@@ -656,8 +660,10 @@ def test_what_the_model_says_cannot_drive_the_terminal(here: Home, monkeypatch: 
     monkeypatch.setattr(Session, "ask", speak)
     result = CliRunner().invoke(cli.main, ("ask", QUESTION), color=True, prog_name="quire")
     assert result.exit_code == 0
-    assert "good" in result.stdout
-    assert_harmless(OWN.sub(b"", result.stdout.encode()))
+    shown = OWN.sub(b"", result.stdout.encode())
+    assert b"good" in shown
+    assert b"<|im_start|>system" in shown
+    assert_harmless(shown)
 
 
 def test_odd_file_names(fresh: Home, tmp_path: Path) -> None:
@@ -671,13 +677,13 @@ def test_odd_file_names(fresh: Home, tmp_path: Path) -> None:
     assert "5 added" in said.out
     assert "its name is not valid UTF-8" in said.out
     question = ("--dial", "exact", "--max-tokens", "1", "Who is the walrus?")
-    told = fresh.run("ask", "--json", *question).json
-    assert {source["path"] for source in told["sources"]} == {str(docs / name) for name in names}
     lines = fresh.run("ask", *question).out.partition("\n\nSources\n")[2].splitlines()
     assert len(lines) == len(names) + 1, "one line each, and the truth"
-    assert any("my docs/two lines.md:1-1" in line for line in lines)
-    only = fresh.run("ask", "--json", "--in", docs / names[1], *question).json
-    assert [source["path"] for source in only["sources"]] == [str(docs / names[1])]
+    shown = {line.split(". ", 1)[1] for line in lines[:-1]}
+    assert shown == {f"my docs/{name}:1-1".replace("\n", " ") for name in names}
+    for name in names[1:3]:
+        told = fresh.run("ask", "--json", "--in", docs / name, *question).json
+        assert [source["path"] for source in told["sources"]] == [str(docs / name)]
 
 
 # Another model

@@ -16,6 +16,7 @@ her class. Nobody in the room had seen the sea, yet they argued for an hour abou
 had come from the north or from the west, and which boats would have reached the harbour in time.
 
 """
+UNRELATED_TOKENS = 96
 _NEVER_ZERO = 1e-3  # layer 0 depends on the token alone and does not differ at all
 
 
