@@ -22,7 +22,7 @@ from quire_engine.runtimes.base import Runtime
 from quire_engine.selection import sensitivity, spectral
 from quire_engine.types import BitPlan, ChunkKV, Float32
 
-_ENCODING = b"behind the preamble, sensitivity from early layers; 1"  # part of every address: bump when it changes
+_ENCODING = b"behind the preamble; 1"  # part of every address: bump when it changes
 _EXACT_BITS = 16
 _ATTEMPTS = 3  # at reading back what was damaged and written again
 
@@ -71,32 +71,51 @@ class ChunkCache:
         """Those that are not stored, each once."""
         return tuple({s.key: s for s in segments if not self.has(s)}.values())
 
-    def encode(self, runtime: Runtime, segment: Segment) -> None:
-        """Reads a segment behind the preamble, scores its tokens, packs and stores it."""
+    def encode(self, runtime: Runtime, segment: Segment, sensitivities: bool = False) -> None:
+        """Reads a segment behind the preamble, scores its tokens, packs and stores it.
+
+        sensitivities: measure that score too, which takes a second reading.
+        """
         if segment == self.preamble:
             kv = ChunkKV(*runtime.encode((), segment.tokens), scores={})
             plan = BitPlan.uniform(runtime.shape.layers, _EXACT_BITS, _EXACT_BITS)
         else:
-            kv, plan = self._read(runtime, segment.tokens), self._plan
+            kv, plan = self._read(runtime, segment.tokens, sensitivities), self._plan
         packed = codec.encode(kv, plan, codec.text_order(kv.tokens))
         self.store.write(segment.key, format.to_bytes(packed, bytes.fromhex(segment.key)))
 
-    def _read(self, runtime: Runtime, tokens: tuple[int, ...]) -> ChunkKV:
+    def _read(self, runtime: Runtime, tokens: tuple[int, ...], sensitivities: bool) -> ChunkKV:
         """The chunk's KV behind the preamble, and the scores that selectors want later."""
         k_pre, v = runtime.encode(self.preamble.tokens, tokens)
-        elsewhere = (*self.preamble.tokens, *self._unrelated)
-        moved = runtime.encode(elsewhere, tokens, sensitivity.early_layers(runtime.shape.layers))
-        scores = {"spectral": spectral.score(k_pre, v), "sensitivity": sensitivity.score((k_pre, v), moved)}
+        scores = {"spectral": spectral.score(k_pre, v)}
+        if sensitivities:
+            elsewhere = (*self.preamble.tokens, *self._unrelated)
+            moved = runtime.encode(elsewhere, tokens, sensitivity.early_layers(runtime.shape.layers))
+            scores["sensitivity"] = sensitivity.score((k_pre, v), moved)
         return ChunkKV(k_pre, v, scores)
 
-    def complete(self, runtime: Runtime, prompt: Prompt) -> frozenset[str]:
-        """Encodes what the prompt needs and the store does not hold; the keys that were encoded."""
-        missing = self.missing(prompt.stored)
-        for segment in missing:
-            self.encode(runtime, segment)
-        return frozenset(segment.key for segment in missing)
+    def complete(self, runtime: Runtime, prompt: Prompt, sensitivities: bool = False) -> frozenset[str]:
+        """Encodes what the prompt needs and the store does not hold; the keys that were encoded.
 
-    def place(self, runtime: Runtime, prompt: Prompt) -> tuple[list[dict[str, Float32]], frozenset[str]]:
+        sensitivities: chunks stored without that score are encoded again with it.
+        """
+        lacking = {segment.key: segment for segment in self.missing(prompt.stored)}
+        if sensitivities:
+            lacking |= {chunk.key: chunk for chunk in prompt.chunks if not self._has_score(chunk, "sensitivity")}
+        for segment in lacking.values():
+            self.encode(runtime, segment, sensitivities)
+        return frozenset(lacking)
+
+    def _has_score(self, segment: Segment, name: str) -> bool:
+        try:
+            with self._open(segment) as reader:
+                return name in reader.scores
+        except (MissingChunk, DamagedChunk):
+            return False
+
+    def place(
+        self, runtime: Runtime, prompt: Prompt, sensitivities: bool = False
+    ) -> tuple[list[dict[str, Float32]], frozenset[str]]:
         """Loads preamble and chunks into the runtime, at their places.
 
         Returns the stored scores of each chunk, and the keys of those that had to be encoded again because their
@@ -120,7 +139,7 @@ class ChunkCache:
                 for segment in prompt.stored:
                     self._drop_if_unreadable(segment)
             if attempt < _ATTEMPTS - 1:
-                repaired |= self.complete(runtime, prompt)
+                repaired |= self.complete(runtime, prompt, sensitivities)
         raise DamagedChunk("Stored passages cannot be read back from the disk.", "Check the disk.")
 
     def _open(self, segment: Segment) -> ChunkReader:

@@ -50,9 +50,9 @@ class Prefill:
         """Loads the chunks, asks what the question looks at, and decides which tokens to compute again."""
         prompt, runtime = self._prompt, self._runtime
         with self.clock.step("encode"):
-            self._encoded = self._chunks.complete(runtime, prompt)
+            self._encoded = self._chunks.complete(runtime, prompt, selector.wants_sensitivities)
         with self.clock.step("load"):
-            stored_scores, repaired = self._chunks.place(runtime, prompt)
+            stored_scores, repaired = self._chunks.place(runtime, prompt, selector.wants_sensitivities)
             self._encoded |= repaired
         mass = np.zeros(0, dtype=np.float32)
         if selector.asks_question:

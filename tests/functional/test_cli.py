@@ -214,7 +214,7 @@ def test_a_second_process_answers_from_stored_kv(answer: Any) -> None:
     tokens = answer["tokens"]
     assert tokens["reused"] + tokens["recomputed"] == tokens["context"]
     assert tokens["generated"] == 12
-    assert (answer["dial"], answer["selector"], answer["runtime"]) == ("balanced", "probe*sensitivity", "llama.cpp")
+    assert (answer["dial"], answer["selector"], answer["runtime"]) == ("balanced", "probe", "llama.cpp")
 
 
 def test_the_names_of_an_answer_as_json(answer: Any) -> None:

@@ -267,6 +267,19 @@ def test_counts_add_up(engine: Engine, selector: str, ratio: float) -> None:
     check_counts(engine, told, request)
 
 
+def test_sensitivities_are_measured_when_a_selector_first_wants_them(engine: Engine) -> None:
+    def scores() -> set[str]:
+        with engine.chunks.store.open(engine.prompt(question()).chunks[0].key) as reader:
+            return set(reader.scores)
+
+    engine.cache(PASSAGES)
+    assert scores() == {"spectral"}
+    wanting = dataclasses.replace(question(), selector="probe*sensitivity")
+    fresh = [ask(engine, wanting).end.tokens.fresh for _ in range(2)]
+    assert scores() == {"spectral", "sensitivity"}
+    assert fresh[0] > fresh[1] == len(engine.prompt(wanting).question)
+
+
 def test_an_unknown_selector_is_refused_before_anything_is_computed(engine: Engine) -> None:
     with pytest.raises(QuireError, match="no selector 'prob'"):
         next(engine.answer(dataclasses.replace(question(), selector="prob")))

@@ -23,8 +23,8 @@ def chunks_of(tokens: list[int]) -> list[Evidence]:
 
 
 def test_default_and_names() -> None:
-    assert parse("default") == parse(DEFAULT) == parse(" probe * sensitivity ")
-    assert parse("default").name == "probe*sensitivity"
+    assert parse("default") == parse(DEFAULT) == parse(" probe ")
+    assert parse("default").name == "probe"
     assert parse("default").asks_question
     assert not parse("sensitivity*spectral").asks_question
 

@@ -1,7 +1,7 @@
 """Which tokens to recompute: a selector is a product of factors, each a positive score per token.
 
-"probe*sensitivity" multiplies the question's attention with the chunk's stored sensitivity. Chosen tokens come in
-short spans, since a runtime that works in batches pays per span. Knows nothing of how scores were measured.
+"probe*sensitivity" multiplies the question's attention with the chunk's stored sensitivity. Chosen tokens come in short
+spans, since neighbours belong together and a runtime pays per span. Knows nothing of how scores were measured.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from quire_engine.errors import QuireError
 from quire_engine.plan import Mask
 from quire_engine.types import Float32
 
-DEFAULT = "probe*sensitivity"
+DEFAULT = "probe"
 SPAN_TOKENS = 16
 
 
@@ -65,6 +65,11 @@ class Selector:
     def asks_question(self) -> bool:
         """Whether a probe has to be run."""
         return "probe" in self.factors
+
+    @property
+    def wants_sensitivities(self) -> bool:
+        """Whether chunks need a score that is only measured on request."""
+        return "sensitivity" in self.factors
 
     def scores(self, evidence: Evidence) -> Float32:
         product = np.ones(evidence.tokens, dtype=np.float32)
