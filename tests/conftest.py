@@ -3,6 +3,10 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("quire", deadline=None)  # a busy machine is no failure
+settings.load_profile("quire")
 
 
 @pytest.fixture(autouse=True)

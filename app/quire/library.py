@@ -1,27 +1,30 @@
 """The index of the documents: which folders were added, what their files say, and full-text search over it.
 
-Knows SQLite; knows nothing of how files are read and cut, of models or of cached KV. Everything in it can be
+Knows SQL; knows nothing of how files are read and cut, of models or of cached KV. Everything in it can be
 made again from the files. Text is content-addressed: a chunk is stored once, however many documents hold it.
 Safe for several processes at once; within a process each thread opens a Library of its own.
 """
 
 import os
 import sqlite3
-import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Literal
 
 from sqlite_utils import Database, Migrations
 
 from quire.chunking import Passage
+from quire.database import SqliteFile, Wording
 from quire_engine.errors import QuireError
 
-_BUSY_SECONDS = 30.0
+_WORDING = Wording(
+    name="index",
+    damaged="The index {path} is damaged.",
+    if_damaged="Delete it; it is made again from your files. Cached work is not lost.",
+    if_unusable="Check free space and permissions. If that does not help, delete it: it is made again.",
+)
 _WEIGHTS = "1.0, 2.0, 2.0"  # of a word in the text, in the heading, in the file name
 _MOST_WORDS = 200  # of a question: a pasted page is found by fewer
 _ENGLISH = """
@@ -107,54 +110,12 @@ def create_tables(db: Database) -> None:
         db.execute(statement)
 
 
-class Library:
+class Library(SqliteFile):
     """The index in one SQLite file, made when missing. All methods raise QuireError where SQLite fails."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        with self._explained():
-            self._db = Database(sqlite3.connect(path, timeout=_BUSY_SECONDS))
-        try:
-            self._prepare()
-        except BaseException:
-            self.close()
-            raise
-
-    def _prepare(self) -> None:
-        with self._explained():
-            self._enable_wal()
-            self._db.execute("PRAGMA synchronous = NORMAL")  # power loss may cost the last files, not the index
-            self._db.execute("PRAGMA foreign_keys = ON")
-            applied = {migration.name for migration in _migrations.applied(self._db)}
-        known = {migration.name for migration in _migrations.pending(Database(memory=True))}
-        if not applied <= known:
-            raise QuireError(f"The index {self.path} belongs to a newer Quire.", "Update Quire.")
-        if applied != known:
-            with self._writing():  # so that of two processes starting at once the second finds it done
-                _migrations.apply(self._db)
-
-    def _enable_wal(self) -> None:
-        """Of several that make the file at once, SQLite refuses some without waiting: they try again."""
-        give_up = time.monotonic() + _BUSY_SECONDS
-        while True:
-            try:
-                return self._db.enable_wal()
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
-                    raise
-            time.sleep(0.01)
-
-    def close(self) -> None:
-        """Closes the file; the library cannot be used afterwards."""
-        self._db.close()
-
-    def __enter__(self) -> "Library":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        # Power loss may cost the last files, not the index.
+        super().__init__(path, _migrations, _WORDING, synchronous="NORMAL")
 
     # Folders
 
@@ -314,54 +275,16 @@ class Library:
             [(chunk,) for chunk in chunks],
         )
 
-    def _rows(self, sql: str, arguments: Sequence[str | int] = ()) -> list[Any]:
-        with self._explained():
-            return self._db.execute(sql, list(arguments)).fetchall()
-
     def _one(self, sql: str) -> int:
         return int(self._rows(sql)[0][0])
 
     def _many(self, sql: str, rows: Sequence[tuple[Any, ...]]) -> None:
         self._db.conn.executemany(sql, rows)
 
-    @contextmanager
-    def _transaction(self, begin: str) -> Iterator[None]:
-        with self._explained():
-            self._db.conn.execute(begin)
-            try:
-                yield
-                self._db.conn.execute("COMMIT")
-            except BaseException:
-                self._db.rollback()
-                raise
-
-    def _reading(self) -> AbstractContextManager[None]:
-        """Several queries see the same state, whatever another process writes in between."""
-        return self._transaction("BEGIN")
-
-    def _writing(self) -> AbstractContextManager[None]:
-        """Immediate: a transaction that began by reading could not wait for another writer."""
-        return self._transaction("BEGIN IMMEDIATE")
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turns the failures of SQLite into errors that a person can act on."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorname", "")
-            if code.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-                message = f"The index {self.path} is damaged."
-                hint = "Delete it; it is made again from your files. Cached work is not lost."
-            elif code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-                message = f"Another program keeps the index {self.path} locked."
-                hint = "Wait for the other Quire to finish, or close it."
-            else:
-                message = f"The index {self.path} cannot be used: {error}."
-                hint = "Check free space and permissions. If that does not help, delete it: it is made again."
-            raise QuireError(message, hint, repr(error)) from error
-        except UnicodeEncodeError as error:
-            raise QuireError("A file name is not valid UTF-8.", "Rename the file.", repr(error)) from error
+    def _explanation(self, error: sqlite3.Error | UnicodeEncodeError) -> QuireError:
+        if isinstance(error, UnicodeEncodeError):
+            return QuireError("A file name is not valid UTF-8.", "Rename the file.", repr(error))
+        return super()._explanation(error)
 
 
 def _match_expression(question: str) -> str:

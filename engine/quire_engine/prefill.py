@@ -62,7 +62,7 @@ class Prefill:
             Evidence(len(chunk), scores, mass[start : start + len(chunk)])
             for chunk, scores, start in zip(prompt.chunks, stored_scores, prompt.starts[1:], strict=False)
         ]
-        return plan.stitch(prompt, selectors.choose(selector, evidence, self._ratio))
+        return plan.stitch(prompt, selectors.choose(selector, evidence, self._ratio, runtime.tile_tokens))
 
     def report(self, generated: int, ending: Ending, decode_ms: float = 0.0) -> Answered:
         """The truth about this answer."""

@@ -1,7 +1,6 @@
 """Cutting texts: limits, coverage, meaning, and the survival of chunks when a text is edited."""
 
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -208,19 +207,15 @@ def test_chunks_are_well_filled() -> None:
         "fences",
     ],
 )
-def test_hostile_texts_are_cut_in_reasonable_time(text: str) -> None:
-    start = time.perf_counter()
+def test_hostile_texts_are_cut(text: str) -> None:
     passages = split(text, quarter, 512)
-    assert time.perf_counter() - start < 10
     assert all(passage.tokens <= 512 for passage in passages)
 
 
 @pytest.mark.skipif(not WAR_AND_PEACE.exists(), reason="the shared data is not here")
-def test_a_long_book_is_cut_fast_and_well() -> None:
+def test_a_long_book_is_cut_well() -> None:
     text = WAR_AND_PEACE.read_text(encoding="utf-8")
-    start = time.perf_counter()
     passages = split(text, quarter, 512, markup="plain")
-    assert time.perf_counter() - start < 5
     assert sum(passage.tokens for passage in passages) / len(passages) / 512 > 0.45
 
 

@@ -397,6 +397,60 @@ def test_a_number_that_was_not_measured_then_is_zero(history: History) -> None:
     assert turn.truth == replace(TRUTH, timings=replace(TRUTH.timings, load_ms=0.0))
 
 
+EXPORTED = """{
+  "format": "quire.conversation",
+  "version": 1,
+  "id": 1,
+  "title": "Tea ☕",
+  "turns": [
+    {
+      "id": 1,
+      "conversation": 1,
+      "parent": 0,
+      "question": "How long?",
+      "answer": "Four minutes.",
+      "ending": "end",
+      "sources": [
+        {
+          "path": "/d/tea.md",
+          "start_line": 3,
+          "end_line": 9,
+          "heading": "Brewing",
+          "text": "Steep it.",
+          "score": 4.25
+        }
+      ],
+      "truth": {
+        "search_ms": 12.5,
+        "predicted": {
+          "context_tokens": 1000,
+          "missing_tokens": 10,
+          "ratio": 0.15,
+          "reason": "",
+          "first_token_ms": 900.0,
+          "full_prefill_ms": 5000.5
+        },
+        "tokens": {},
+        "timings": {},
+        "ratio": 0.15
+      },
+      "model": "m",
+      "created_at": "2026-11-23T17:00:00.000+00:00"
+    }
+  ],
+  "leaf": 1,
+  "created_at": "2026-11-23T16:59:59.999+00:00",
+  "updated_at": "2026-11-23T17:00:01.000+00:00"
+}
+"""
+
+
+def test_the_format_of_version_1_stays_what_it_is(history: History) -> None:
+    exported = history.export_json(history.import_json(EXPORTED))
+    # What the engine measures may grow; the rest is as it was, in this order.
+    assert re.sub(r'"(tokens|timings)": \{[^}]*\}', r'"\1": {}', exported) == EXPORTED
+
+
 def outline(markdown: str) -> tuple[list[str], list[str]]:
     """The headings and the code blocks of Markdown, read by its rules for fences, quotes and headings."""
     headings: list[str] = []
@@ -446,7 +500,10 @@ def test_markdown_is_one_line_of_the_tree(history: History) -> None:
         "## Question 2\n\n> Last?\n\nDATE UTC, ` unknown model `, ending: lost\n\n### Answer\n\n> \n"
     )
     assert "Other branch" in history.export_markdown(conversation, last - 1)
-    assert history.export_markdown(history.begin("Empty")) == "# Empty\n"
+    empty = history.begin("Empty")
+    assert history.export_markdown(empty) == "# Empty\n"
+    with pytest.raises(QuireError, match=f"no turn in this conversation {last}"):
+        history.export_markdown(empty, last)
 
 
 # Several processes, crashes, damage
@@ -552,7 +609,8 @@ def test_damage_is_explained_and_the_file_is_kept(tmp_path: Path, damage: str) -
 
     with pytest.raises(QuireError, match=r"damaged.*kept") as caught:
         use()
-    assert str(path) in caught.value.message
+    assert caught.value.message == f"The history is damaged. It is kept, nothing was deleted: {path}"
+    assert caught.value.hint == "Put a backup in its place, or move it elsewhere: Quire then begins a new one."
     assert path.read_bytes() == data
 
 
@@ -561,9 +619,12 @@ def test_damage_within_a_value_is_explained(history: History, stored: str) -> No
     turn = asked(history, history.begin(), ROOT, "q")
     db = sqlite_utils.Database(history.path)
     db.execute("UPDATE turns SET truth = ?", [stored])
+    db.execute("UPDATE conversations SET updated_at = ?", [stored])
     db.close()
     with pytest.raises(QuireError, match="damaged"):
         history.turn(turn)
+    with pytest.raises(QuireError, match="damaged"):
+        history.conversations(10)
 
 
 def test_text_that_is_not_utf8_any_more_is_damage(history: History) -> None:
@@ -583,8 +644,9 @@ def test_a_history_of_a_newer_version_is_refused_by_name_and_kept(tmp_path: Path
     row = {"migration_set": "quire.history", "name": "from_tomorrow", "applied_at": ""}
     db.table("_sqlite_migrations").insert(row)
     db.close()
-    with pytest.raises(QuireError, match=r"newer Quire \(from_tomorrow\)"):
+    with pytest.raises(QuireError, match=r"newer Quire \(from_tomorrow\)") as caught:
         History(path)
+    assert caught.value.message.startswith(f"The history {path} ")
     db = sqlite_utils.Database(path)
     assert db.execute("SELECT title FROM conversations").fetchall() == [("kept",)]
     db.close()
@@ -592,6 +654,7 @@ def test_a_history_of_a_newer_version_is_refused_by_name_and_kept(tmp_path: Path
 
 def test_a_path_that_cannot_be_opened_is_explained(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing" / "history.sqlite"):
-        with pytest.raises(QuireError, match="cannot be used"):
+        with pytest.raises(QuireError, match=f"The history {path} cannot be used") as caught:
             History(path)
+        assert "Nothing was deleted" in caught.value.hint
     assert os.listdir(tmp_path) == [".home"]

@@ -271,14 +271,24 @@ def test_damage_is_explained(tmp_path: Path, damage: str) -> None:
 
     with pytest.raises(QuireError, match="damaged") as caught:
         use()
+    assert caught.value.message == f"The index {path} is damaged."
     assert "Delete it" in caught.value.hint
 
 
+def test_text_that_is_not_utf8_any_more_is_damage(library: Library) -> None:
+    library.replace_document(document("/d/a.md"), passages("one"))
+    db = sqlite_utils.Database(library.path)
+    db.execute("UPDATE documents SET reason = CAST(x'ff' AS TEXT)")
+    db.close()
+    with pytest.raises(QuireError, match="damaged"):
+        library.documents()
+
+
 def test_what_cannot_be_opened_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(QuireError, match="cannot be used"):
-        Library(tmp_path)
-    with pytest.raises(QuireError, match="cannot be used"):
-        Library(tmp_path / "missing" / "index.sqlite")
+    for path in (tmp_path, tmp_path / "missing" / "index.sqlite"):
+        with pytest.raises(QuireError, match=f"The index {path} cannot be used") as caught:
+            Library(path)
+        assert "it is made again" in caught.value.hint
 
 
 def test_an_index_of_a_newer_version_is_refused(tmp_path: Path) -> None:
@@ -286,7 +296,7 @@ def test_an_index_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     db = sqlite_utils.Database(tmp_path / "i.sqlite")
     db.table("_sqlite_migrations").insert({"migration_set": "quire.library", "name": "from_tomorrow", "applied_at": ""})
     db.close()
-    with pytest.raises(QuireError, match="newer"):
+    with pytest.raises(QuireError, match=f"The index {tmp_path / 'i.sqlite'} belongs to a newer Quire"):
         Library(tmp_path / "i.sqlite")
 
 

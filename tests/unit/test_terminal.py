@@ -1,7 +1,6 @@
 """Text that was made by others cannot drive the terminal."""
 
 import re
-import time
 
 import pytest
 from hypothesis import given
@@ -48,7 +47,6 @@ def test_nothing_unsafe_survives(text: str) -> None:
 
 
 @pytest.mark.parametrize("piece", ["\x1b]", "\x1b[", "\x1b[1;", "\x9d", "\x1bP", "\x1b(", "\x1b "])
-def test_hostile_repetition_is_fast(piece: str) -> None:
-    start = time.perf_counter()
-    printable(piece * 200_000)
-    assert time.perf_counter() - start < 2
+def test_hostile_repetition_ends(piece: str) -> None:
+    """A pattern that backtracks would need hours for this."""
+    assert "\x1b" not in printable(piece * 200_000)

@@ -16,6 +16,7 @@ from quire_engine.types import Float16, Float32, ModelShape
 class Runtime(Protocol):
     name: str
     shape: ModelShape
+    tile_tokens: int  # tokens that are computed together: a few more than a multiple of it cost as much as all
 
     def reserve(self, tokens: int) -> None:
         """Makes room for a prompt, its scratch copies and its answer together; forgets the live sequence."""

@@ -31,6 +31,7 @@ class LlamaCppRuntime:
     """Executes plans with llama.cpp. One conversation at a time, not thread-safe."""
 
     name = "llama.cpp"
+    tile_tokens = 64  # queries that its CPU flash attention takes at once
 
     def __init__(self, model: LlamaModel, shape: ModelShape, threads: int, stitching: bool = True) -> None:
         """stitching: off for models that can only be prefilled; recurrent ones pay for every sequence."""

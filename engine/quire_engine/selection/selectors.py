@@ -4,6 +4,7 @@
 spans, since neighbours belong together and a runtime pays per span. Knows nothing of how scores were measured.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -90,32 +91,28 @@ def parse(expression: str) -> Selector:
     return Selector(names)
 
 
-def choose(selector: Selector, chunks: Sequence[Evidence], ratio: float) -> list[Mask]:
-    """One mask per chunk of the tokens to recompute, about `ratio` of all, in spans of SPAN_TOKENS.
+def choose(selector: Selector, chunks: Sequence[Evidence], ratio: float, tile: int = 1) -> list[Mask]:
+    """One mask per chunk of the tokens to recompute, `ratio` of all of them, in spans of SPAN_TOKENS.
 
     A selector that asks the question spends the budget where the question looks; one that does not, evenly.
+    tile: tokens that the runtime computes together; the budget is rounded to whole tiles, since it pays for them.
     """
-    if ratio >= 1:
-        return [np.ones(chunk.tokens, dtype=bool) for chunk in chunks]
-    scores = [selector.scores(chunk) for chunk in chunks]
-    if selector.asks_question:
-        return _best_spans(scores, ratio)
-    return [_best_spans([score], ratio)[0] for score in scores]
-
-
-def _best_spans(scores: Sequence[Float32], ratio: float) -> list[Mask]:
-    """Spans by falling mean score until the budget is spent, to the nearest span."""
-    masks = [np.zeros(len(score), dtype=bool) for score in scores]
-    spans = [
-        (float(score[start : start + SPAN_TOKENS].mean()), chunk, start)
-        for chunk, score in enumerate(scores)
-        for start in range(0, len(score), SPAN_TOKENS)
-    ]
-    budget = ratio * sum(len(score) for score in scores)
-    for _, chunk, start in sorted(spans, key=lambda span: -span[0]):
-        size = len(masks[chunk][start : start + SPAN_TOKENS])
-        if budget < size / 2:
-            break
-        masks[chunk][start : start + size] = True
-        budget -= size
+    masks = [np.zeros(chunk.tokens, dtype=bool) for chunk in chunks]
+    budget = round(ratio * sum(chunk.tokens for chunk in chunks) / tile) * tile if ratio < 1 else sys.maxsize
+    spans = [span for number, chunk in enumerate(chunks) for span in _spans(number, selector.scores(chunk), selector)]
+    for _, chunk_number, start in sorted(spans, key=lambda span: -span[0]):
+        chosen = masks[chunk_number][start : start + min(SPAN_TOKENS, budget)]
+        chosen[:] = True
+        budget -= len(chosen)
     return masks
+
+
+def _spans(chunk: int, scores: Float32, selector: Selector) -> list[tuple[float, int, int]]:
+    """The spans of one chunk as (worth, chunk, first token)."""
+    starts = range(0, len(scores), SPAN_TOKENS)
+    means = [float(scores[start : start + SPAN_TOKENS].mean()) for start in starts]
+    if not selector.asks_question:  # worth by rank, so that equal shares of all chunks are worth the same
+        order = sorted(range(len(means)), key=lambda span: -means[span])
+        for rank, span in enumerate(order):
+            means[span] = -(rank + 0.5) * SPAN_TOKENS / len(scores)
+    return [(mean, chunk, start) for mean, start in zip(means, starts, strict=True)]
