@@ -33,5 +33,9 @@ class MissingChunk(QuireError):
     """No chunk is stored under this key; its tokens have to be computed."""
 
 
+class UnwritableStore(QuireError):
+    """A chunk could not be stored: the disk is full, or may not be written to."""
+
+
 class DamagedChunk(QuireError):
     """A stored chunk is missing bytes or fails its checksum; its tokens have to be computed again."""

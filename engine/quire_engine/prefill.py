@@ -8,7 +8,7 @@ import numpy as np
 from quire_engine import plan
 from quire_engine.chunks import ChunkCache
 from quire_engine.clock import Clock
-from quire_engine.errors import DamagedChunk
+from quire_engine.errors import DamagedChunk, UnwritableStore
 from quire_engine.generate import Ending
 from quire_engine.plan import Prompt, StitchPlan
 from quire_engine.runtimes.base import Runtime
@@ -35,7 +35,7 @@ class Prefill:
         if self._ratio < 1:
             try:
                 self._plan = self._stitch(selector)
-            except DamagedChunk:  # the disk gives nothing back: an answer does without it
+            except (DamagedChunk, UnwritableStore):  # the disk takes or gives nothing: an answer does without it
                 self._ratio = 1.0
         if self._ratio >= 1:
             self._plan = plan.compute_all(self._prompt)

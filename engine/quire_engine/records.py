@@ -9,17 +9,20 @@ from typing import Any
 
 
 def save(path: Path, record: dict[str, Any]) -> None:
-    """Writes beside and renames: a reader in any process sees the old record or the new one."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(".tmp", path.stem, path.parent)
-    try:
-        with os.fdopen(fd, "w") as file:
-            json.dump(record, file)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    """Writes beside and renames: a reader in any process sees the old record or the new one.
+
+    A disk that cannot be written to costs the record, which can be found out again, and nothing else.
+    """
+    with suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd, temporary = tempfile.mkstemp(".tmp", path.stem, path.parent)
+        try:
+            with os.fdopen(fd, "w") as file:
+                json.dump(record, file)
+            os.replace(temporary, path)
+        finally:
+            with suppress(FileNotFoundError):  # renamed
+                os.unlink(temporary)
 
 
 def load(path: Path) -> dict[str, Any]:

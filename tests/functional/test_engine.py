@@ -1,6 +1,7 @@
 """The engine from passages to answers: on tiny models for what is counted and repaired, on the real one for meaning."""
 
 import dataclasses
+import errno
 import json
 import re
 import shutil
@@ -283,6 +284,20 @@ def test_sensitivities_are_measured_when_a_selector_first_wants_them(engine: Eng
 def test_an_unknown_selector_is_refused_before_anything_is_computed(engine: Engine) -> None:
     with pytest.raises(QuireError, match="no selector 'prob'"):
         next(engine.answer(dataclasses.replace(question(), selector="prob")))
+    assert engine.chunks.store.keys() == []
+
+
+def test_a_full_disk_costs_time_and_no_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = ask(engine, question(ratio=1.0))
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.write", full)
+    monkeypatch.setattr("os.replace", full)
+    told = ask(engine, question())
+    assert told.text == exact.text
+    assert told.end.ratio == 1.0
     assert engine.chunks.store.keys() == []
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from quire_engine.errors import DamagedChunk, MissingChunk, QuireError
+from quire_engine.errors import DamagedChunk, MissingChunk, UnwritableStore
 from quire_engine.kv.format import ChunkReader
 
 _SUFFIX = ".kv"
@@ -54,7 +54,7 @@ class KVStore:
             self._make_directories(path.parent)
             _write_atomically(path, memoryview(data).cast("B"))
         except OSError as error:
-            raise QuireError(
+            raise UnwritableStore(
                 f"A passage could not be stored in {self._root}.",
                 hint=_HINTS.get(error.errno or 0, "Check the disk and the directory's permissions."),
                 details=str(error),
