@@ -1,8 +1,9 @@
 """The command line: parses words, calls the session, prints. Heavy modules are imported inside the commands.
 
-quire add DIR...    quire ask "question"    quire status    quire cache    quire remove DIR    quire bench ttft
+quire [DIR]    quire add DIR...    quire ask "question"    quire status    quire cache    quire bench ttft
 """
 
+import difflib
 import json
 import signal
 import sys
@@ -13,6 +14,7 @@ from threading import Event as Flag
 from typing import TYPE_CHECKING, Any
 
 import click
+from click_default_group import DefaultGroup
 
 from quire import __version__
 from quire.terminal import printable
@@ -24,8 +26,16 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130
 
 
-class _Quire(click.Group):
-    """The one place where the command line shows an error."""
+class _Quire(DefaultGroup, click.Group):  # type: ignore[misc]  # the second base only tells types
+    """The one place where the command line shows an error. A path in place of a command opens the application."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        place = cmd_name.startswith("-") or "/" in cmd_name or Path(cmd_name).exists()
+        if cmd_name not in self.commands and not place:
+            close = difflib.get_close_matches(cmd_name, self.commands, n=1)
+            meant = f"Did you mean {close[0]}?" if close else "A folder is written with a slash: quire notes/"
+            ctx.fail(f"There is no command {printable(cmd_name)!r} and no such file or folder. {meant}")
+        return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -42,7 +52,7 @@ class _Quire(click.Group):
             ctx.exit(_INTERRUPTED)
 
 
-@click.group(cls=_Quire)
+@click.group(cls=_Quire, default="chat", default_if_no_args=True)
 @click.version_option(__version__, prog_name="quire")
 def main() -> None:
     """Chat with your own documents. Their KV is cached on disk, so the first word comes at once."""
@@ -50,6 +60,21 @@ def main() -> None:
 
 _model_option = click.option("--model", metavar="PATH", help="GGUF file to use instead of the bundled model.")
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@main.command()
+@click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
+@_model_option
+def chat(paths: tuple[Path, ...], model: str | None) -> None:
+    """Open the application, after adding PATHS. Plain `quire` and `quire PATH` do the same."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise QuireError("The application needs a terminal.", 'In scripts: quire ask "question", quire status --json.')
+    for path in paths:
+        if not path.expanduser().exists():
+            raise QuireError(f"There is no file or folder {path}.", "Check the spelling.")
+    from quire.tui.app import run
+
+    run({"model": model} if model else {}, paths)
 
 
 @main.command()
