@@ -398,7 +398,7 @@ def test_an_encoding_aborted_anywhere_in_a_long_guard(llama: LlamaCppRuntime) ->
 
 
 def test_an_aborted_prefill_leaves_the_runtime_usable(llama: LlamaCppRuntime) -> None:
-    prompt = prompt_of(chunks=[700, 45])
+    prompt = prompt_of(chunks=[1400, 45])
     expected = full(llama, prompt)
     for asked in (1, 30, 60):
         llama.reserve(4096)
