@@ -266,7 +266,9 @@ def test_every_selector_keeps_to_the_ratio(home: Home, selector: str) -> None:
     told = home.ask("--selector", selector, "--ratio", "0.3", "--max-tokens", "1")
     assert told["selector"] == selector
     assert told["tokens"]["reused"] > 0
-    assert abs(told["tokens"]["recomputed"] - 0.3 * told["tokens"]["context"]) <= 32
+    assert (
+        abs(told["tokens"]["recomputed"] - 0.3 * told["tokens"]["context"]) <= 48
+    )  # whole tiles of 64, and the preamble is exact
     assert (told["timings"]["probe_ms"] > 0) == ("probe" in selector)
 
 
