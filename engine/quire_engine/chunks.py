@@ -50,19 +50,15 @@ class ChunkCache:
     ) -> None:
         """unrelated: tokens of some other text, read before a chunk to measure its sensitivity."""
         self.store = store
-        self.preamble = self._segment(identity, preamble)
         self._identity = identity
+        self.preamble = self.segment(preamble)
         self._plan = plan
         self._unrelated = unrelated
 
-    @staticmethod
-    def _segment(identity: bytes, tokens: tuple[int, ...]) -> Segment:
-        ids = np.asarray(tokens, dtype="<u4").tobytes()
-        return Segment(tokens, hashlib.sha256(identity + ids).hexdigest())
-
     def segment(self, tokens: tuple[int, ...]) -> Segment:
         """A passage with its address."""
-        return self._segment(self._identity, tokens)
+        ids = np.asarray(tokens, dtype="<u4").tobytes()
+        return Segment(tokens, hashlib.sha256(self._identity + ids).hexdigest())
 
     def has(self, segment: Segment) -> bool:
         return not segment.tokens or self.store.has(segment.key)
