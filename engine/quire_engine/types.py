@@ -87,6 +87,15 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """A finished turn of a conversation, as the model read it. passages: in the order of its prompt."""
+
+    passages: tuple[str, ...]
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
 class Forecast:
     """What a question will cost, before it is asked.
 

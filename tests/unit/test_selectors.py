@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire_engine.errors import QuireError
-from quire_engine.selection.selectors import DEFAULT, SPAN_TOKENS, Evidence, choose, parse
+from quire_engine.selection.selectors import DEFAULT, SPAN_TOKENS, Evidence, Rule, choose, parse
 
 lengths = st.lists(st.integers(1, 200), min_size=1, max_size=6)
 ratios = st.floats(0, 1)
@@ -23,14 +23,23 @@ def chunks_of(tokens: list[int]) -> list[Evidence]:
 
 
 def test_default_and_names() -> None:
-    assert parse("default") == parse(DEFAULT) == parse(" probe ")
-    assert parse("default").name == "probe"
+    assert parse("default") == parse(DEFAULT) == parse(" 3 * first + probe ")
+    assert parse("default").name == "3*first+probe"
     assert parse("default").asks_question
     assert not parse("sensitivity*spectral").asks_question
 
 
 @pytest.mark.parametrize(
-    ("expression", "unknown"), [("probes", "probes"), ("probe*sens", "sens"), ("", ""), ("probe*", "")]
+    ("expression", "unknown"),
+    [
+        ("probes", "probes"),
+        ("probe*sens", "sens"),
+        ("", ""),
+        ("probe*", ""),
+        ("first+", ""),
+        ("3", "3"),
+        ("0*first", "0"),
+    ],
 )
 def test_an_unknown_selector_is_refused_by_name(expression: str, unknown: str) -> None:
     with pytest.raises(QuireError) as refused:
@@ -42,19 +51,30 @@ def test_an_unknown_selector_is_refused_by_name(expression: str, unknown: str) -
 def test_a_product_multiplies_its_factors() -> None:
     known = evidence(40)
     product = known.probe * known.stored["sensitivity"] * known.stored["spectral"]
-    np.testing.assert_allclose(parse("probe*sensitivity*spectral").scores(known), product, rtol=1e-6)
-    np.testing.assert_array_equal(parse("sensitivity").scores(known), known.stored["sensitivity"])
+    np.testing.assert_allclose(Rule(("probe", "sensitivity", "spectral")).scores(known), product, rtol=1e-6)
+    np.testing.assert_array_equal(Rule(("sensitivity",)).scores(known), known.stored["sensitivity"])
 
 
 def test_a_score_that_was_not_stored_does_not_matter() -> None:
     bare = Evidence(30, {}, evidence(30).probe)
-    np.testing.assert_array_equal(parse("default").scores(bare), bare.probe)
+    np.testing.assert_array_equal(Rule(("probe", "sensitivity")).scores(bare), bare.probe)
 
 
 def test_first_takes_the_beginning_of_every_chunk() -> None:
     for mask in choose(parse("first"), chunks_of([64, 128]), 0.5):
         assert mask[: len(mask) // 2].all()
         assert not mask[len(mask) // 2 :].any()
+
+
+@pytest.mark.parametrize(("expression", "ratio", "beginning"), [("first+probe", 0.25, 16), ("3*first+probe", 0.5, 48)])
+def test_rules_share_the_budget(expression: str, ratio: float, beginning: int) -> None:
+    """A share goes to the beginnings of both chunks, the rest to where the question looks, nothing twice."""
+    probes = [np.full(128, 1e-6, np.float32), np.full(128, 1e-6, np.float32)]
+    probes[1][:16] = 2.0  # a beginning already
+    probes[1][96:128] = 1.0
+    first, second = choose(parse(expression), [Evidence(128, {}, probe) for probe in probes], ratio)
+    assert np.flatnonzero(first).tolist() == list(range(beginning))
+    assert np.flatnonzero(second).tolist() == [*range(beginning), *range(96, 128)]
 
 
 def test_random_is_the_same_every_time() -> None:

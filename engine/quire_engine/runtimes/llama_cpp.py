@@ -2,9 +2,9 @@
 
 llama.cpp cannot rewrite the middle of its cache, but cells can belong to several sequences. So all stored rows are
 written once, at their final positions, into one sequence (PLACED). Every span that is to be recomputed gets a sequence
-of its own that shares the placed cells before it; all spans are decoded in one batch; the live sequence is then
-assembled from placed runs and fresh spans. Spans see stale copies of one another, which costs little accuracy and
-saves most of the time (docs/decisions/llama_cpp_spans.md).
+of its own that shares the placed cells before it; all spans are decoded in one batch; their rows are read back, and the
+live sequence is written from them and from the stored ones, corrected by what they reveal (drift.py). Spans see stale
+copies of one another, which costs little accuracy and saves most of the time (docs/decisions/llama_cpp_spans.md).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 
 import numpy as np
 
-from quire_engine.kv import transfer
+from quire_engine.kv import drift, transfer
 from quire_engine.kv.transfer import Placement
 from quire_engine.plan import Span, StitchPlan
 from quire_engine.runtimes import llama_state
@@ -141,8 +141,10 @@ class LlamaCppRuntime:
         else:
             for first in range(0, len(plan.recomputed), MAX_SPANS):
                 self._recompute(plan.prompt.tokens, plan.recomputed[first : first + MAX_SPANS])
-            for span in plan.reused:
-                self._context.copy(PLACED, LIVE, span.start, span.stop)
+            if plan.recomputed:
+                self._settle(plan, self._placed)
+            else:
+                self._context.copy(PLACED, LIVE, 0, context_tokens)
             self._context.remove(PLACED)
             self._placed = None
         self._live_tokens = context_tokens
@@ -158,6 +160,19 @@ class LlamaCppRuntime:
         for owner, span in zip(owners, spans, strict=True):
             self._context.copy(owner, LIVE, span.start, span.stop)
             self._context.remove(owner)
+
+    def _settle(self, plan: StitchPlan, state: llama_state.SequenceState) -> None:
+        """Makes the live sequence of the recomputed rows that it holds and the stored ones, shifted by their drift."""
+        fresh = llama_state.parse(self._context.read_state(LIVE), self.shape)
+        order = np.argsort(fresh.positions, kind="stable")
+        fresh_k_rot = [k[order] for k in fresh.k_rot]
+        drift.correct(plan, self.shape, state.k_rot, fresh_k_rot)
+        rows = fresh.positions[order]
+        for layer in range(self.shape.layers):
+            state.k_rot[layer][rows] = fresh_k_rot[layer]
+            state.v[layer][rows] = fresh.v[layer][order]
+        self._context.remove(PLACED)  # there is no room for two
+        self._context.write_state(LIVE, state.blob)
 
     def extend(self, tokens: Sequence[int]) -> Float32:
         self._context.decode(tokens, self._live_tokens + np.arange(len(tokens)), LIVE, logits=True)

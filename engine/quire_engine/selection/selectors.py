@@ -1,12 +1,15 @@
-"""Which tokens to recompute: a selector is a product of factors, each a positive score per token.
+"""Which tokens to recompute: a selector is one or more rules, a rule a product of factors, a factor a positive score
+per token.
 
+"3*first+probe" spends three quarters of the budget on the beginnings of the chunks and one where the question looks;
 "probe*sensitivity" multiplies the question's attention with the chunk's stored sensitivity. Chosen tokens come in short
 spans, since neighbours belong together and a runtime pays per span. Knows nothing of how scores were measured.
 """
 
-import sys
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -14,8 +17,9 @@ from quire_engine.errors import QuireError
 from quire_engine.plan import Mask
 from quire_engine.types import Float32
 
-DEFAULT = "probe"
+DEFAULT = "3*first+probe"
 SPAN_TOKENS = 16
+_SHARES = re.compile(r"[1-9][0-9]?")
 
 
 @dataclass(frozen=True)
@@ -53,24 +57,19 @@ _FACTORS: dict[str, Callable[[Evidence], Float32]] = {
 
 
 @dataclass(frozen=True)
-class Selector:
-    """A parsed selector expression."""
+class Rule:
+    """A product of factors, and how many shares of the budget it spends."""
 
     factors: tuple[str, ...]
+    shares: int = 1
 
     @property
     def name(self) -> str:
-        return "*".join(self.factors)
+        return "*".join([*([str(self.shares)] if self.shares > 1 else []), *self.factors])
 
     @property
     def asks_question(self) -> bool:
-        """Whether a probe has to be run."""
         return "probe" in self.factors
-
-    @property
-    def wants_sensitivities(self) -> bool:
-        """Whether chunks need a score that is only measured on request."""
-        return "sensitivity" in self.factors
 
     def scores(self, evidence: Evidence) -> Float32:
         product = np.ones(evidence.tokens, dtype=np.float32)
@@ -78,41 +77,82 @@ class Selector:
             product = product * _FACTORS[factor](evidence)
         return product
 
+    def spans(self, chunks: Sequence[Evidence]) -> list[tuple[int, int]]:
+        """All spans as (chunk, first token), the most worthwhile first.
+
+        A rule that asks the question spends its budget where the question looks; one that does not, evenly.
+        """
+        worth = []
+        for number, chunk in enumerate(chunks):
+            scores = self.scores(chunk)
+            starts = range(0, chunk.tokens, SPAN_TOKENS)
+            means = [float(scores[start : start + SPAN_TOKENS].mean()) for start in starts]
+            if not self.asks_question:  # worth by rank, so that equal shares of all chunks are worth the same
+                before = 0
+                for span in sorted(range(len(means)), key=lambda span: -means[span]):
+                    length = min(SPAN_TOKENS, chunk.tokens - span * SPAN_TOKENS)
+                    means[span] = -(before + length / 2) / chunk.tokens
+                    before += length
+            worth += [(mean, number, start) for mean, start in zip(means, starts, strict=True)]
+        return [(number, start) for _, number, start in sorted(worth, key=lambda span: -span[0])]
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A parsed selector expression: rules that share the budget."""
+
+    rules: tuple[Rule, ...]
+
+    @property
+    def name(self) -> str:
+        return "+".join(rule.name for rule in self.rules)
+
+    @property
+    def asks_question(self) -> bool:
+        """Whether a probe has to be run."""
+        return any(rule.asks_question for rule in self.rules)
+
+    @property
+    def wants_sensitivities(self) -> bool:
+        """Whether chunks need a score that is only measured on request."""
+        return any("sensitivity" in rule.factors for rule in self.rules)
+
 
 def parse(expression: str) -> Selector:
-    """A selector by name: factors joined by `*`, or `default`. Raises QuireError for an unknown factor."""
-    names = tuple(part.strip() for part in (DEFAULT if expression == "default" else expression).split("*"))
+    """A selector by name: factors joined by `*` to rules, rules by `+`, or `default`. A rule may begin with a number,
+    its shares of the budget.
+
+    Raises QuireError for an unknown factor.
+    """
+    rules = (DEFAULT if expression == "default" else expression).split("+")
+    return Selector(tuple(_rule([name.strip() for name in rule.split("*")]) for rule in rules))
+
+
+def _rule(names: list[str]) -> Rule:
+    shares = int(names.pop(0)) if len(names) > 1 and _SHARES.fullmatch(names[0]) else 1
     for name in names:
         if name not in _FACTORS:
             raise QuireError(
                 f"There is no selector {name!r}.",
-                f"Use default, or any of {', '.join(_FACTORS)}, or several joined by *.",
+                f"Use default, or any of {', '.join(_FACTORS)}, or several joined by * (product) or + (shared budget).",
             )
-    return Selector(names)
+    return Rule(tuple(names), shares)
 
 
 def choose(selector: Selector, chunks: Sequence[Evidence], ratio: float, tile: int = 1) -> list[Mask]:
     """One mask per chunk of the tokens to recompute, `ratio` of all of them, in spans of SPAN_TOKENS.
 
-    A selector that asks the question spends the budget where the question looks; one that does not, evenly.
     tile: tokens that the runtime computes together; the budget is rounded to whole tiles, since it pays for them.
     """
     masks = [np.zeros(chunk.tokens, dtype=bool) for chunk in chunks]
-    budget = round(ratio * sum(chunk.tokens for chunk in chunks) / tile) * tile if ratio < 1 else sys.maxsize
-    spans = [span for number, chunk in enumerate(chunks) for span in _spans(number, selector.scores(chunk), selector)]
-    for _, chunk_number, start in sorted(spans, key=lambda span: -span[0]):
-        chosen = masks[chunk_number][start : start + min(SPAN_TOKENS, budget)]
-        chosen[:] = True
-        budget -= len(chosen)
+    total = sum(chunk.tokens for chunk in chunks)
+    budget = min(round(ratio * total / tile) * tile, total) if ratio < 1 else total
+    shares = accumulate(rule.shares for rule in selector.rules)
+    all_shares = sum(rule.shares for rule in selector.rules)
+    for rule, until_here in zip(selector.rules, shares, strict=True):
+        share = budget * until_here // all_shares - sum(int(mask.sum()) for mask in masks)
+        for chunk, start in rule.spans(chunks):
+            still = start + np.flatnonzero(~masks[chunk][start : start + SPAN_TOKENS])[:share]
+            masks[chunk][still] = True
+            share -= len(still)
     return masks
-
-
-def _spans(chunk: int, scores: Float32, selector: Selector) -> list[tuple[float, int, int]]:
-    """The spans of one chunk as (worth, chunk, first token)."""
-    starts = range(0, len(scores), SPAN_TOKENS)
-    means = [float(scores[start : start + SPAN_TOKENS].mean()) for start in starts]
-    if not selector.asks_question:  # worth by rank, so that equal shares of all chunks are worth the same
-        order = sorted(range(len(means)), key=lambda span: -means[span])
-        for rank, span in enumerate(order):
-            means[span] = -(rank + 0.5) * SPAN_TOKENS / len(scores)
-    return [(mean, chunk, start) for mean, start in zip(means, starts, strict=True)]
