@@ -8,24 +8,23 @@ from pathlib import Path
 
 from quire_engine.chunks import ChunkCache
 from quire_engine.kv.transfer import Placement
-from quire_engine.plan import Prompt, Span, StitchPlan
+from quire_engine.plan import Prompt
 from quire_engine.runtimes.base import Runtime
 
 
 def prefix_only_ms(runtime: Runtime, chunks: ChunkCache, prompt: Prompt) -> float:
     """What a prefix cache saves when the best passage stayed first: preamble and that passage reused, rest computed."""
     began = time.perf_counter()
-    prefix = prompt.starts[2]
-    with chunks.store.open(prompt.preamble.key) as first, chunks.store.open(prompt.chunks[0].key) as second:
+    runtime.rewind(0)
+    with chunks.store.open(prompt.opening.key) as first, chunks.store.open(prompt.chunks[0].key) as second:
         runtime.place(
             [
-                Placement(prompt.preamble.key, first, 0),
+                Placement(prompt.opening.key, first, 0),
                 Placement(prompt.chunks[0].key, second, prompt.starts[1]),
             ]
         )
-    rest = Span(prefix, prompt.context_tokens, reuse=False)
-    runtime.execute(StitchPlan(prompt, (Span(0, prefix, reuse=True), rest)))
-    runtime.extend(prompt.question.tokens)
+    runtime.adopt()
+    runtime.extend(prompt.tokens[prompt.starts[2] :])
     return 1000 * (time.perf_counter() - began)
 
 

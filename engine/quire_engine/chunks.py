@@ -123,7 +123,7 @@ class ChunkCache:
                 with ExitStack() as files:
                     placements = [
                         Placement(segment.key, files.enter_context(self._open(segment)), start)
-                        for segment, start in zip(prompt.stored, prompt.starts, strict=False)
+                        for segment, start in prompt.places
                         if segment.tokens
                     ]
                     runtime.place(placements)

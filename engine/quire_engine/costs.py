@@ -25,26 +25,38 @@ class Costs:
     slowness: float = 1.0
     corrections: dict[str, float] = field(default_factory=dict)
 
-    def full(self, context: int, question: int) -> dict[str, float]:
-        """Milliseconds of prefilling everything: one step, `prefill`."""
-        return self._corrected({"prefill": self._compute(context + question, 0)})
+    def full(self, tokens: int, before: int = 0) -> dict[str, float]:
+        """Milliseconds of prefilling tokens behind others: one step, `prefill`."""
+        return self._corrected({"prefill": self._compute(tokens, before)})
 
     def stitched(
-        self, context: int, question: int, ratio: float, missing: Sequence[int], guard: int, probe: bool
+        self,
+        context: int,
+        question: int,
+        ratio: float,
+        missing: Sequence[int],
+        guard: int,
+        probe: bool,
+        before: int = 0,
     ) -> dict[str, float]:
         """Milliseconds of every step of a stitched answer.
 
         context, question: tokens.  missing: lengths of chunks to encode first, behind `guard` tokens each.
+        before: tokens of earlier turns.
         """
         return self._corrected(
             {
                 "encode": sum(self._compute(tokens, guard) for tokens in missing),
                 "load": context * self.load_ms,
-                "probe": self._compute(question, context) if probe else 0.0,
-                "recompute": ratio * self._compute(context, 0),
-                "question": self._compute(question, context),
+                "probe": self._compute(question, before + context) if probe else 0.0,
+                "recompute": ratio * self._compute(context, before),
+                "question": self._compute(question, before + context),
             }
         )
+
+    def resumed(self, loaded: int, read: int, ratio: float) -> dict[str, float]:
+        """Milliseconds of bringing earlier turns back. loaded, read: tokens from disk, and tokens stitched again."""
+        return self._corrected({"resume": (loaded + read) * self.load_ms + ratio * self._compute(read, loaded)})
 
     def learn(self, expected: Mapping[str, float], measured: Mapping[str, float]) -> "Costs":
         """The same rates, moved towards what happened: a busy machine slows every step, a wrong guess one of them."""

@@ -9,15 +9,17 @@ One request at a time, on one thread. Knows nothing of folders, files of documen
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from quire_engine import chunks, costs, generate, gguf, selfcheck
+from quire_engine import chunks, costs, forecast, generate, gguf, selfcheck, turns
 from quire_engine.chunks import ChunkCache
+from quire_engine.clock import Clock
 from quire_engine.costs import Costs
 from quire_engine.errors import Aborted, ContextOverflow
+from quire_engine.forecast import Work
 from quire_engine.kv.store import KVStore
 from quire_engine.plan import Prompt, Segment
 from quire_engine.prefill import Prefill
@@ -25,7 +27,8 @@ from quire_engine.prompt import PromptWriter, Wording
 from quire_engine.runtimes import choose
 from quire_engine.runtimes.base import Runtime
 from quire_engine.selection import selectors, sensitivity
-from quire_engine.types import BitPlan, Event, Float32, Forecast, Limits, Text
+from quire_engine.turns import Turn, Turns
+from quire_engine.types import Answered, BitPlan, Event, Exchange, Float32, Forecast, Limits, Text, Timings, TokenCounts
 
 DIALS = {"fast": 0.08, "balanced": 0.16, "exact": 1.0}
 _SCRATCH_TOKENS = 512  # room in the runtime for the probe's copy of the question and for rounding to whole spans
@@ -54,6 +57,8 @@ class Request:
 
     ratio: share of passage tokens computed again, 0..1; 1 is full prefill.  selector: which ones.
     insist: stitch even where full prefill is predicted to be faster.
+    history: the turns before it, all of them; their KV is found or made again.  keep: another question will follow,
+    so the KV of this turn is kept, on disk too.
     """
 
     question: str
@@ -63,6 +68,8 @@ class Request:
     max_tokens: int = 256
     sampling: generate.Sampling = field(default_factory=generate.Sampling)
     insist: bool = False
+    history: tuple[Exchange, ...] = ()
+    keep: bool = False
 
 
 class Engine:
@@ -84,6 +91,7 @@ class Engine:
         unrelated = self.vocabulary.tokenize(sensitivity.UNRELATED_TEXT)[: sensitivity.UNRELATED_TOKENS]
         store = KVStore(cache_dir / "kv" / name)
         self.chunks = ChunkCache(store, identity, bits, self._writer.preamble, tuple(unrelated))
+        self.turns = Turns(KVStore(cache_dir / "kv" / f"turns-{name}"), identity, bits)
         self._verdict_file = cache_dir / "checks" / f"{name}.json"
         self._costs_file = cache_dir / "costs" / f"{name}.json"
 
@@ -142,11 +150,26 @@ class Engine:
         """What steps cost here; None for models that were never measured because they are only prefilled."""
         return costs.load(self._costs_file) or (None if self.reuse_off else self._verdict.costs)
 
+    @property
+    def known_costs(self) -> Costs | None:
+        """As costs, but never measures: None while this model was not used yet."""
+        verdict = selfcheck.load(self._verdict_file)
+        return costs.load(self._costs_file) or (verdict.costs if verdict else None)
+
     # Caching
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a passage as it stands in a prompt."""
         return len(self._writer.chunk(text))
+
+    @property
+    def written_bytes(self) -> int:
+        """What this engine has written to disk, passages and turns."""
+        return self.chunks.store.written_bytes + self.turns.store.written_bytes
+
+    def address(self, passage: str) -> str:
+        """The key of a passage in the store, whether it is there or not. As good as long as the store's root is."""
+        return self._segment(passage).key
 
     def is_cached(self, passage: str) -> bool:
         return self.chunks.has(self._segment(passage))
@@ -165,95 +188,146 @@ class Engine:
     # Answering
 
     def prompt(self, request: Request) -> Prompt:
-        """The segments of a request. Raises ContextOverflow when they do not fit the model."""
-        prompt = Prompt(
-            self.chunks.preamble,
-            tuple(map(self._segment, request.passages)),
-            Segment(self._writer.question(request.question)),
-        )
-        total, allowed = len(prompt.tokens), self.shape.context_tokens
-        if total >= allowed:
-            raise ContextOverflow(
-                f"The question and its passages have {total} tokens; {self.model_name} holds {allowed}.",
-                "Ask with fewer passages (--context-tokens), or a shorter question.",
-            )
+        """The segments of a request without its history. Raises ContextOverflow when they do not fit the model."""
+        prompt = self._prompt(Exchange(request.passages, request.question, ""), 0)
+        self._check_room(len(prompt.tokens))
         return prompt
 
     def forecast(self, request: Request) -> Forecast:
         """What a request will do and how long it will take. Raises ContextOverflow when it does not fit."""
-        return self._estimate(self.prompt(request), request)[0]
+        return self._estimate(self._line(request), request)[0]
 
     def answer(self, request: Request, should_stop: Callable[[], bool] = never) -> Iterator[Event]:
         """Yields a Forecast, Texts, and Answered. Stops soon after should_stop() turns true, keeping what there is.
 
+        Exhaust it: after Answered a turn that is kept is stored.
         Raises ContextOverflow before anything is computed when the prompt does not fit the model.
         """
         selector = selectors.parse(request.selector)
-        prompt = self.prompt(request)
-        forecast, expected = self._estimate(prompt, request)
-        yield forecast
-        again = 0 if forecast.ratio >= 1 else int(forecast.ratio * prompt.context_tokens) + _SCRATCH_TOKENS
-        self.runtime.reserve(len(prompt.tokens) + again + request.max_tokens)
-        prefill = Prefill(self.runtime, self.chunks, prompt, forecast.ratio)
+        line = self._line(request)
+        foreseen, expected = self._estimate(line, request)
+        yield foreseen
+        again = 0 if foreseen.ratio >= 1 else int(foreseen.ratio * foreseen.context_tokens) + _SCRATCH_TOKENS
+        self.runtime.reserve(line.tokens + again + request.max_tokens)
+        clock = Clock()
         try:
             with self.runtime.abortable(should_stop):
+                with clock.step("resume"):
+                    computed = self._resume(line, request)
+                prompt = self._prompt(line.asked, self.runtime.live_tokens)
+                prefill = Prefill(self.runtime, self.chunks, prompt, foreseen.ratio, clock, computed)
                 logits = prefill.run(selector)
         except Aborted:
-            yield prefill.report(generated=0, ending="stopped")
+            yield _stopped(foreseen, clock)
             return
         self._learn(expected, prefill)
-        room = self.shape.context_tokens - len(prompt.tokens)
-        yield from self._speak(logits, request, prefill, room, should_stop)
+        room = self.shape.context_tokens - len(prompt.tokens) - prompt.position
+        answer = yield from self._speak(logits, request, prefill, room, should_stop)
+        if request.keep:
+            said = replace(line.asked, answer=answer)
+            key = self.turns.keys([*(turn.exchange for turn in line.earlier), said], request.ratio >= 1)[-1]
+            self.turns.keep(self.runtime, key, self._stores_turns(request))
+
+    def _line(self, request: Request) -> "_Line":
+        """The turns as they stand in the context."""
+        exchanges = [*request.history, Exchange(request.passages, request.question, "")]
+        room = self.shape.context_tokens - self.limits.answer_tokens - len(self._writer.preamble)
+        standing, dropped = turns.lay_out(exchanges, room, self._size)
+        keys = self.turns.keys(standing[:-1], request.ratio >= 1)
+        sizes = [len(self._opening(e, number == 0)) + self._size(e, opening=False) for number, e in enumerate(standing)]
+        line = _Line(tuple(map(Turn, standing[:-1], sizes, keys)), standing[-1], sizes[-1], dropped)
+        self._check_room(line.tokens)
+        return line
+
+    def _size(self, exchange: Exchange, opening: bool = True) -> int:
+        passages = sum(map(self.count_tokens, exchange.passages))
+        said = len(self._writer.question(exchange.question)) + len(self._writer.answer(exchange.answer))
+        return passages + said + (len(self._opening(exchange, first=False)) if opening else 0)
+
+    def _opening(self, exchange: Exchange, first: bool) -> Segment:
+        return self.chunks.preamble if first else Segment(self._writer.bridge(bool(exchange.passages)))
+
+    def _resume(self, line: "_Line", request: Request) -> int:
+        """Makes the runtime's live sequence of the earlier turns; how many of their tokens had to be computed."""
+
+        def read(exchange: Exchange) -> int:
+            prompt = self._prompt(exchange, self.runtime.live_tokens)
+            ratio = 1.0 if self.reuse_off else request.ratio
+            prefill = Prefill(self.runtime, self.chunks, prompt, ratio, Clock())
+            prefill.run(selectors.parse(request.selector))
+            answer = self._writer.answer(exchange.answer)
+            if answer:
+                self.runtime.extend(answer)
+            counts = prefill.report(0, "end").tokens
+            return counts.fresh + counts.recomputed + len(answer)
+
+        return self.turns.resume(self.runtime, line.earlier, self._stores_turns(request), read)
+
+    def _stores_turns(self, request: Request) -> bool:
+        """Stored KV is not exact, and useless where nothing is reused."""
+        return request.ratio < 1 and not self.reuse_off
+
+    def _prompt(self, exchange: Exchange, position: int) -> Prompt:
+        chunks = tuple(map(self._segment, exchange.passages))
+        return Prompt(
+            self._opening(exchange, position == 0), chunks, Segment(self._writer.question(exchange.question)), position
+        )
+
+    def _check_room(self, tokens: int) -> None:
+        if tokens >= self.shape.context_tokens:
+            raise ContextOverflow(
+                f"The question and its passages have {tokens} tokens; {self.model_name} holds "
+                f"{self.shape.context_tokens}.",
+                "Ask with fewer passages (--context-tokens), or a shorter question.",
+            )
 
     def _speak(
         self, logits: Float32, request: Request, prefill: Prefill, room: int, should_stop: Callable[[], bool]
-    ) -> Iterator[Event]:
-        """Generates the answer, of at most `room` tokens, then says what it took."""
-        began, generated = time.perf_counter(), 0
+    ) -> Generator[Event, None, str]:
+        """Generates the answer, of at most `room` tokens, then says what it took. Returns the answer, all of which is
+        live then."""
+        began, said, unread = time.perf_counter(), [], -1
         allowed = min(request.max_tokens, self.limits.answer_tokens, room)
-        for piece in generate.generate(
-            logits,
-            lambda token: self.runtime.extend((token,)),
-            self.vocabulary,
-            request.sampling,
-            allowed,
-            should_stop,
-        ):
+
+        def extend(token: int) -> Float32:
+            nonlocal unread
+            unread = -1
+            return self.runtime.extend((token,))
+
+        for piece in generate.generate(logits, extend, self.vocabulary, request.sampling, allowed, should_stop):
             if isinstance(piece, generate.Piece):
-                generated += 1
+                unread = piece.token
+                said.append(piece.text)
                 yield Text(piece.text)
             else:
-                yield prefill.report(generated, piece, 1000 * (time.perf_counter() - began))
+                if unread >= 0 and request.keep:
+                    extend(unread)
+                yield prefill.report(len(said), piece, 1000 * (time.perf_counter() - began))
+        return "".join(said)
 
     def _segment(self, passage: str) -> Segment:
         return self.chunks.segment(self._writer.chunk(passage))
 
-    def _estimate(self, prompt: Prompt, request: Request) -> tuple[Forecast, dict[str, float]]:
+    def _estimate(self, line: "_Line", request: Request) -> tuple[Forecast, dict[str, float]]:
         """The forecast, and the milliseconds expected of every step."""
-        context, question = prompt.context_tokens, len(prompt.question)
-        missing = [len(segment) for segment in self.chunks.missing(prompt.stored)]
-        known = self.costs
-        if known is None or self.reuse_off:
-            return Forecast(context, sum(missing), 1.0, self.reuse_off, 0.0, 0.0), {}
-        full = known.full(context, question)
-        stitched = known.stitched(
-            context,
-            question,
-            request.ratio,
-            missing,
-            len(prompt.preamble),
-            selectors.parse(request.selector).asks_question,
+        held = self.turns.shared(line.earlier)
+        absent = line.earlier[held:]
+        stored = [turn.tokens for turn in absent if self._stores_turns(request) and self.turns.stored(turn)]
+        question = len(self._writer.question(request.question))
+        segments = [self.chunks.preamble, *map(self._segment, line.asked.passages)]
+        work = Work(
+            new=line.asked_tokens - question,
+            question=question,
+            missing=tuple(len(segment) for segment in self.chunks.missing(segments)),
+            guard=len(self._writer.preamble),
+            held=sum(turn.tokens for turn in line.earlier[:held]),
+            loaded=sum(stored),
+            read=sum(turn.tokens for turn in absent) - sum(stored),
+            dropped=line.dropped,
+            stitches=bool(line.asked.passages),
+            probes=selectors.parse(request.selector).asks_question,
         )
-        full_ms, stitched_ms = sum(full.values()), sum(stitched.values())
-        next_ms = stitched_ms - stitched["encode"]  # encoding is paid once and kept: the next question decides
-        reason = ""
-        if not prompt.chunks:
-            reason = "There are no passages to reuse."
-        elif request.ratio < 1 and next_ms >= full_ms and not request.insist:
-            reason = f"Full prefill is predicted to be as fast ({full_ms:.0f} ms against {next_ms:.0f} ms)."
-        if reason or request.ratio >= 1:
-            return Forecast(context, sum(missing), 1.0, reason, full_ms, full_ms), full
-        return Forecast(context, sum(missing), request.ratio, "", stitched_ms, full_ms), stitched
+        return forecast.foresee(work, self.costs, request.ratio, self.reuse_off, request.insist)
 
     def _learn(self, expected: dict[str, float], prefill: Prefill) -> None:
         """Corrects the cost estimates by what happened."""
@@ -263,3 +337,27 @@ class Engine:
         measured = dict(prefill.clock.steps)
         measured["prefill"] = measured["recompute"] + measured["question"]
         costs.save(known.learn(expected, measured), self._costs_file)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The turns of a conversation as they stand in the context. asked: the one being asked.  dropped: passages that
+    leave for it."""
+
+    earlier: tuple[Turn, ...]
+    asked: Exchange
+    asked_tokens: int
+    dropped: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(turn.tokens for turn in self.earlier) + self.asked_tokens
+
+
+def _stopped(foreseen: Forecast, clock: Clock) -> Answered:
+    """The end of a question that was stopped before its first token."""
+    spent = {name: clock[name] for name in ("encode", "load", "probe", "recompute", "question", "resume")}
+    timings = Timings(
+        first_token_ms=0.0, decode_ms=0.0, **{f"{name}_ms": milliseconds for name, milliseconds in spent.items()}
+    )
+    return Answered(TokenCounts(foreseen.context_tokens, 0, 0, 0, 0), timings, foreseen.ratio, "stopped")

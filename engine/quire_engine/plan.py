@@ -38,29 +38,47 @@ class Span:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Preamble, chunks and question in their final order. The preamble is exact: it guarded every chunk's encoding."""
+    """Opening, chunks and question of one turn in their final order, from `position` on.
 
-    preamble: Segment
+    opening: in the first turn the preamble, whose stored KV is exact since it guarded every chunk's encoding; in later
+    ones the words between an answer and the next turn, which have no key.
+    """
+
+    opening: Segment
     chunks: tuple[Segment, ...]
     question: Segment
+    position: int = 0
 
     @property
     def stored(self) -> tuple[Segment, ...]:
-        return (self.preamble, *self.chunks)
+        """The segments that have stored KV."""
+        return tuple(segment for segment, _ in self.places)
+
+    @property
+    def places(self) -> tuple[tuple[Segment, int], ...]:
+        """The segments that have stored KV, each with its first position."""
+        segments = zip((self.opening, *self.chunks), self.starts, strict=False)
+        return tuple((segment, start) for segment, start in segments if segment.key)
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """First position of the preamble, of every chunk, and of the question."""
-        return tuple(accumulate((len(segment) for segment in self.stored), initial=0))
+        """First position of the opening, of every chunk, and of the question."""
+        return tuple(accumulate((len(segment) for segment in (self.opening, *self.chunks)), initial=self.position))
+
+    @property
+    def stored_start(self) -> int:
+        """First position of what has stored KV."""
+        return self.position if self.opening.key else self.starts[1]
 
     @property
     def context_tokens(self) -> int:
-        """Tokens before the question."""
+        """Tokens before the question, earlier turns included."""
         return self.starts[-1]
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        return tuple(token for segment in (*self.stored, self.question) for token in segment.tokens)
+        """This turn's tokens; the first stands at `position`."""
+        return tuple(token for segment in (self.opening, *self.chunks, self.question) for token in segment.tokens)
 
 
 @dataclass(frozen=True)
@@ -92,21 +110,25 @@ class StitchPlan:
 
 
 def stitch(prompt: Prompt, recompute: Sequence[Mask]) -> StitchPlan:
-    """The plan that recomputes the masked tokens of each chunk and reuses the rest and the preamble.
+    """The plan for all that has stored KV: recompute the masked tokens of each chunk, reuse the rest.
 
     recompute: one bool array [tokens] per chunk.
     """
-    masks = [np.zeros(len(prompt.preamble), dtype=bool), *recompute]
-    return StitchPlan(prompt, spans_of(np.concatenate(masks)))
+    exact = np.zeros(prompt.starts[1] - prompt.stored_start, dtype=bool)
+    return StitchPlan(prompt, spans_of(np.concatenate([exact, *recompute]), prompt.stored_start))
 
 
 def compute_all(prompt: Prompt) -> StitchPlan:
     """Full prefill as a plan: what the dial calls exact."""
-    return StitchPlan(prompt, (Span(0, prompt.context_tokens, reuse=False),))
+    return StitchPlan(prompt, (Span(prompt.position, prompt.context_tokens, reuse=False),))
 
 
-def spans_of(recompute: Mask) -> tuple[Span, ...]:
-    """Runs of equal value, in order."""
+def spans_of(recompute: Mask, position: int = 0) -> tuple[Span, ...]:
+    """Runs of equal value, in order; the first value is that of `position`."""
     edges = np.flatnonzero(np.diff(recompute)) + 1
     bounds = [0, *edges.tolist(), len(recompute)]
-    return tuple(Span(start, stop, not recompute[start]) for start, stop in pairwise(bounds) if start < stop)
+    return tuple(
+        Span(position + start, position + stop, not recompute[start])
+        for start, stop in pairwise(bounds)
+        if start < stop
+    )

@@ -18,29 +18,34 @@ from quire_engine.types import Answered, Float32, Timings, TokenCounts
 
 
 class Prefill:
-    """The work on one prompt: `run` once, then `report`. ratio 1 is full prefill."""
+    """The work on one turn: `run` once, then `report`. ratio 1 is full prefill.
 
-    def __init__(self, runtime: Runtime, chunks: ChunkCache, prompt: Prompt, ratio: float) -> None:
+    The runtime's live sequence holds the earlier turns, up to the prompt's position. computed: how many of their tokens
+    were not there before.  clock: of the time spent on that.
+    """
+
+    def __init__(
+        self, runtime: Runtime, chunks: ChunkCache, prompt: Prompt, ratio: float, clock: Clock, computed: int = 0
+    ) -> None:
         self._runtime = runtime
         self._chunks = chunks
         self._prompt = prompt
         self._ratio = ratio
-        self._plan = StitchPlan(prompt, ())
+        self._computed = computed
+        self._stitched: StitchPlan | None = None
         self._encoded: frozenset[str] = frozenset()
         self._first_token_ms = 0.0
-        self.clock = Clock()
+        self.clock = clock
 
     def run(self, selector: Selector) -> Float32:
         """Everything up to the scores of the first token [vocabulary]."""
-        if self._ratio < 1:
+        if self._ratio < 1 and self._prompt.chunks:
             try:
-                self._plan = self._stitch(selector)
+                self._stitched = self._stitch(selector)
             except (DamagedChunk, UnwritableStore):  # the disk takes or gives nothing: an answer does without it
                 self._ratio = 1.0
-        if self._ratio >= 1:
-            self._plan = plan.compute_all(self._prompt)
         with self.clock.step("recompute"):
-            self._runtime.execute(self._plan)
+            self._runtime.execute(self._stitched or plan.compute_all(self._prompt))
         with self.clock.step("question"):
             logits = self._runtime.extend(self._prompt.question.tokens)
         self._first_token_ms = self.clock.elapsed_ms()
@@ -51,6 +56,9 @@ class Prefill:
         prompt, runtime = self._prompt, self._runtime
         with self.clock.step("encode"):
             self._encoded = self._chunks.complete(runtime, prompt, selector.wants_sensitivities)
+        if not prompt.opening.key:
+            with self.clock.step("recompute"):
+                runtime.extend(prompt.opening.tokens)
         with self.clock.step("load"):
             stored_scores, repaired = self._chunks.place(runtime, prompt, selector.wants_sensitivities)
             self._encoded |= repaired
@@ -58,25 +66,34 @@ class Prefill:
         if selector.asks_question:
             with self.clock.step("probe"):
                 mass = runtime.probe(prompt.question.tokens, prompt.context_tokens)
+        offsets = np.asarray(prompt.starts[1:]) - prompt.stored_start
         evidence = [
-            Evidence(len(chunk), scores, mass[start : start + len(chunk)])
-            for chunk, scores, start in zip(prompt.chunks, stored_scores, prompt.starts[1:], strict=False)
+            Evidence(len(chunk), scores, mass[offset : offset + len(chunk)])
+            for chunk, scores, offset in zip(prompt.chunks, stored_scores, offsets.tolist(), strict=False)
         ]
         return plan.stitch(prompt, selectors.choose(selector, evidence, self._ratio, runtime.tile_tokens))
 
     def report(self, generated: int, ending: Ending, decode_ms: float = 0.0) -> Answered:
         """The truth about this answer."""
-        reused, fresh = self._plan.reused_tokens, len(self._prompt.question)
-        for segment, start in zip(self._prompt.stored, self._prompt.starts, strict=False):
-            if segment.key in self._encoded:
-                just_read = self._plan.reused_within(start, start + len(segment))
-                reused, fresh = reused - just_read, fresh + just_read
-        recomputed = self._plan.recomputed_tokens
-        if self._ratio >= 1:
-            recomputed, fresh = 0, fresh + recomputed
+        prompt, made = self._prompt, self._stitched
+        reused = made.reused_tokens if made else 0
+        recomputed = made.recomputed_tokens if made else 0
+        just_read = sum(
+            made.reused_within(start, start + len(segment))
+            for segment, start in prompt.places
+            if made and segment.key in self._encoded
+        )
+        tokens = TokenCounts(
+            prompt.context_tokens,
+            reused - just_read,
+            recomputed,
+            fresh=len(prompt.tokens) - reused - recomputed + just_read + self._computed,
+            generated=generated,
+            kept=prompt.position - self._computed,
+        )
         clock = self.clock
         return Answered(
-            TokenCounts(self._prompt.context_tokens, reused, recomputed, fresh, generated),
+            tokens,
             Timings(
                 encode_ms=clock["encode"],
                 load_ms=clock["load"],
@@ -85,6 +102,7 @@ class Prefill:
                 question_ms=clock["question"],
                 first_token_ms=self._first_token_ms,
                 decode_ms=decode_ms,
+                resume_ms=clock["resume"],
             ),
             self._ratio,
             ending,

@@ -54,9 +54,8 @@ def check(runtime: Runtime, text: Sequence[int]) -> Verdict:
     rope_error = _rope_error(runtime, guard=question, body=body)
     chunk = _exact_chunk(runtime, body)
 
-    runtime.reserve(4 * _LONG_TOKENS)
     _place(runtime, prompt, chunk)
-    runtime.execute(plan.stitch(prompt, [np.zeros(len(body), dtype=bool)]))
+    runtime.adopt()
     exact_rows = _kl(full, runtime.extend(question))
     _place(runtime, prompt, chunk)
     runtime.execute(plan.stitch(prompt, [np.ones(len(body), dtype=bool)]))
@@ -87,7 +86,7 @@ def _reason(rope_error: float, kl: float, tolerated: float) -> str:
 
 
 def _full(runtime: Runtime, prompt: Prompt, question: Sequence[Sequence[int]]) -> Float32:
-    runtime.reserve(4 * _LONG_TOKENS)
+    runtime.rewind(0)
     runtime.execute(plan.compute_all(prompt))
     for part in question:
         logits = runtime.extend(part)
@@ -110,13 +109,14 @@ def _exact_chunk(runtime: Runtime, body: Sequence[int]) -> ChunkReader:
 
 
 def _place(runtime: Runtime, prompt: Prompt, chunk: ChunkReader) -> None:
+    runtime.rewind(0)
     runtime.place([Placement("body", chunk, start) for start in prompt.starts[1:-1]])
 
 
 def _measure(runtime: Runtime, prompt: Prompt, chunk: ChunkReader) -> Costs:
     """Times the question behind a short and a long context; the long one repeats the same rows."""
     copies = max(1, min(_LONG_TOKENS, runtime.shape.context_tokens // 2) // len(prompt.chunks[0]))
-    long = Prompt(prompt.preamble, prompt.chunks * copies, prompt.question)
+    long = Prompt(prompt.opening, prompt.chunks * copies, prompt.question)
     question = len(prompt.question)
     short_ms, _ = _time(runtime, prompt, chunk)
     long_ms, load_ms = _time(runtime, long, chunk)
@@ -136,7 +136,7 @@ def _time(runtime: Runtime, prompt: Prompt, chunk: ChunkReader) -> tuple[float, 
         started = time.perf_counter()
         _place(runtime, prompt, chunk)
         load_ms.append(1000 * (time.perf_counter() - started))
-        runtime.execute(plan.stitch(prompt, [np.zeros(len(c), dtype=bool) for c in prompt.chunks]))
+        runtime.adopt()
         started = time.perf_counter()
         runtime.extend(prompt.question.tokens)
         question_ms.append(1000 * (time.perf_counter() - started))

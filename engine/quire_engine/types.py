@@ -101,7 +101,9 @@ class Forecast:
 
     ratio: share of passage tokens computed again; 1 is full prefill.  missing_tokens: of passages that are not
     stored yet.  reason: why full prefill was chosen although reuse was asked for; empty otherwise.
-    Times are predictions in milliseconds and leave out the search; 0 when nothing was ever measured.
+    Times are predictions in milliseconds and leave out the search; 0 when nothing was ever measured. Full prefill is
+    that of the whole context, earlier turns included.
+    kept_tokens: of earlier turns, in memory or on disk.  dropped: passages of earlier turns that had to make room.
     """
 
     context_tokens: int
@@ -110,16 +112,19 @@ class Forecast:
     reason: str
     first_token_ms: float
     full_prefill_ms: float
+    kept_tokens: int = 0
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Where the KV of each prompt token came from; context + question = reused + recomputed + fresh.
+    """Where the KV of each prompt token came from; context + question = kept + reused + recomputed + fresh.
 
     All zero but context when it was stopped before the first token.
 
     context: tokens before the question.  reused: stored KV as it was.  recomputed: stored KV replaced.
-    fresh: the question, and passages that were not stored.  generated: tokens of the answer.
+    fresh: the question, and passages that were not stored.  generated: tokens of the answer.  kept: earlier turns,
+    from memory or disk.
     """
 
     context: int
@@ -127,12 +132,14 @@ class TokenCounts:
     recomputed: int
     fresh: int
     generated: int
+    kept: int = 0
 
 
 @dataclass(frozen=True)
 class Timings:
     """Milliseconds of one answer. first_token_ms spans everything before the first token; the parts before it are
-    encode (passages that were not stored), load, probe, recompute and question."""
+    resume (earlier turns that were not in memory), encode (passages that were not stored), load, probe, recompute and
+    question."""
 
     encode_ms: float
     load_ms: float
@@ -141,6 +148,7 @@ class Timings:
     question_ms: float
     first_token_ms: float
     decode_ms: float
+    resume_ms: float = 0.0
 
 
 @dataclass(frozen=True)

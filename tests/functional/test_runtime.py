@@ -43,6 +43,7 @@ def load(tiny: Tiny) -> Iterator[Callable[[str], LlamaCppRuntime]]:
             path = tiny(kind)
             runtimes[kind] = LlamaCppRuntime(LlamaModel(path), gguf.shape(gguf.read(path)), threads=1)
         runtimes[kind].reserve(4096)
+        runtimes[kind].rewind(0)
         return runtimes[kind]
 
     yield runtime
@@ -78,13 +79,14 @@ def stored(runtime: LlamaCppRuntime, guard: Sequence[int], tokens: Sequence[int]
 
 def readers(runtime: LlamaCppRuntime, prompt: Prompt) -> list[ChunkReader]:
     """Preamble and chunks, each chunk encoded behind the preamble alone, as Quire does."""
-    preamble = prompt.preamble.tokens
+    preamble = prompt.opening.tokens
     first = [stored(runtime, (), preamble)] if preamble else []
     return first + [stored(runtime, preamble, chunk.tokens) for chunk in prompt.chunks]
 
 
 def place(runtime: LlamaCppRuntime, prompt: Prompt, chunks: Sequence[ChunkReader]) -> None:
-    segments = [(s, start) for s, start in zip(prompt.stored, prompt.starts, strict=False) if s.tokens]
+    segments = [(segment, start) for segment, start in prompt.places if segment.tokens]
+    runtime.rewind(prompt.position)
     runtime.place([Placement(s.key, c, start) for (s, start), c in zip(segments, chunks, strict=True)])
 
 
@@ -95,6 +97,7 @@ def everything(prompt: Prompt, recompute: bool) -> list[Mask]:
 def full(runtime: LlamaCppRuntime, prompt: Prompt) -> Float32:
     """The reference: full prefill."""
     runtime.reserve(4096)
+    runtime.rewind(0)
     runtime.execute(plan.compute_all(prompt))
     return runtime.extend(prompt.question.tokens)
 
@@ -131,7 +134,7 @@ def test_exact_rows_behind_the_preamble_give_full_prefills_logits(
     assert expected.std() > 1
     assert distance(logits, expected) < ROUNDING
     # The test can fail: without the chunk's real rows the logits are elsewhere.
-    other = [chunks[0], stored(runtime, prompt.preamble.tokens, some_tokens(80, 55))]
+    other = [chunks[0], stored(runtime, prompt.opening.tokens, some_tokens(80, 55))]
     assert distance(stitched(runtime, prompt, other, everything(prompt, False)), expected) > 0.5
 
 
@@ -176,7 +179,7 @@ def test_the_rows_of_a_moved_chunk_are_those_of_layer_0_there(
 def test_chunks_change_places(llama: LlamaCppRuntime) -> None:
     """The same stored chunks serve both orders, and the orders differ."""
     prompt = prompt_of()
-    turned = Prompt(prompt.preamble, prompt.chunks[::-1], prompt.question)
+    turned = Prompt(prompt.opening, prompt.chunks[::-1], prompt.question)
     expected, expected_turned = full(llama, prompt), full(llama, turned)
     head, a, b = readers(llama, prompt)
     nothing = everything(prompt, False)
@@ -229,10 +232,10 @@ def test_a_later_chunk_never_changes_an_earlier_row(llama: LlamaCppRuntime) -> N
     """Spans are decoded together, but each sees only what stands before it."""
     prompt, spans = prompt_of(), [(15, 25), (40, 50), (80, 100)]
     other_chunk = Segment(some_tokens(45, 77), "other")
-    other = Prompt(prompt.preamble, (prompt.chunks[0], other_chunk), prompt.question)
+    other = Prompt(prompt.opening, (prompt.chunks[0], other_chunk), prompt.question)
     rows, other_rows = (rows_with_spans(llama, one, spans) for one in (prompt, other))
     second = prompt.starts[2]
-    assert distance(rows[:, :second], other_rows[:, :second]) < 1e-3
+    assert distance(rows[:, :second], other_rows[:, :second]) < 0.02
     assert distance(rows[:, second:], other_rows[:, second:]) > 0.1
 
 
@@ -241,16 +244,16 @@ def test_an_earlier_chunk_changes_recomputed_rows_and_the_drift_they_show(
     llama: LlamaCppRuntime, recomputed: int
 ) -> None:
     prompt = prompt_of()
-    other = Prompt(prompt.preamble, (Segment(some_tokens(60, 77), "o"), prompt.chunks[1]), prompt.question)
+    other = Prompt(prompt.opening, (Segment(some_tokens(60, 77), "o"), prompt.chunks[1]), prompt.question)
     again = range(90, 90 + recomputed)
     rows, other_rows = (rows_with_spans(llama, one, [(again.start, again.stop)]) for one in (prompt, other))
     reused = [*range(71, again.start), *range(again.stop, prompt.context_tokens)]
     assert distance(rows[1, again], other_rows[1, again]) > 0.1
     if recomputed == FEW:
-        assert distance(rows[:, reused], other_rows[:, reused]) < 1e-3
+        assert distance(rows[:, reused], other_rows[:, reused]) < 0.02
     else:
         assert distance(rows[0, reused], other_rows[0, reused]) < 0.01, "layer 0 does not depend on the context"
-        assert distance(rows[1, reused], other_rows[1, reused]) > 0.01
+        assert distance(rows[1, reused], other_rows[1, reused]) > 0.1
 
 
 def test_a_recomputed_span_equals_a_run_over_the_rows_before_it(llama: LlamaCppRuntime) -> None:
@@ -259,7 +262,7 @@ def test_a_recomputed_span_equals_a_run_over_the_rows_before_it(llama: LlamaCppR
     start = prompt.context_tokens - FEW
     rows = rows_with_spans(llama, prompt, [(start, prompt.context_tokens)])
     short = Prompt(
-        prompt.preamble,
+        prompt.opening,
         (prompt.chunks[0], Segment(prompt.chunks[1].tokens[:-FEW], "short")),
         Segment(prompt.tokens[start : start + FEW]),
     )
@@ -313,6 +316,7 @@ def test_encoding_forgets_nothing_and_mixes_nothing_up(llama: LlamaCppRuntime) -
     together = {(g, c): llama.encode(guards[g], chunks[c])[0] for c in range(3) for g in range(3)}
     for (g, c), k in together.items():
         llama.reserve(4096)
+        llama.rewind(0)
         assert distance(llama.encode(guards[g], chunks[c])[0], k) < 0.01
     assert distance(together[1, 0][1], together[2, 0][1]) > 0.1
 
@@ -343,6 +347,7 @@ def test_the_probe_is_the_questions_softmax_attention(load: Callable[[str], Llam
     plain.close()
     q = np.concatenate(captured[layer]).reshape(len(question), shape.heads, shape.key_dim)
     runtime.reserve(4096)
+    runtime.rewind(0)
     k_pre, _ = runtime.encode((), prompt.tokens[:context])
     cos, sin = transfer.angles(np.arange(context), shape.rope)
     k = rope.rotate(k_pre[layer], cos, sin, shape.rope.layout)
@@ -391,6 +396,7 @@ def test_an_aborted_encoding_leaves_the_runtime_usable(llama: LlamaCppRuntime, a
     guard, tokens = some_tokens(20, 1), some_tokens(50, 2)
     expected, _ = llama.encode(guard, tokens)
     llama.reserve(4096)
+    llama.rewind(0)
     aborts(llama, asked, lambda: [llama.encode(guard, tokens) for _ in range(50)])
     np.testing.assert_array_equal(llama.encode(guard, tokens)[0], expected)
     with llama.abortable(lambda: False):
@@ -403,6 +409,7 @@ def test_an_encoding_aborted_anywhere_in_a_long_guard(llama: LlamaCppRuntime) ->
     expected, _ = llama.encode(guard, tokens)
     for asked in range(0, 140, 20):
         llama.reserve(4096)
+        llama.rewind(0)
         aborts(llama, asked, lambda: [llama.encode(guard, tokens) for _ in range(50)])
         np.testing.assert_array_equal(llama.encode(guard, tokens)[0], expected)
 
@@ -412,6 +419,7 @@ def test_an_aborted_prefill_leaves_the_runtime_usable(llama: LlamaCppRuntime) ->
     expected = full(llama, prompt)
     for asked in (1, 30, 60):
         llama.reserve(4096)
+        llama.rewind(0)
         aborts(llama, asked, lambda: llama.execute(plan.compute_all(prompt)))
         chunks = readers(llama, prompt)
         assert distance(stitched(llama, prompt, chunks, everything(prompt, True)), expected) < ROUNDING
@@ -495,6 +503,7 @@ def test_extending_token_by_token_is_extending_at_once(llama: LlamaCppRuntime) -
     prompt = prompt_of()
     at_once = full(llama, prompt)
     llama.reserve(4096)
+    llama.rewind(0)
     llama.execute(plan.compute_all(prompt))
     for token in prompt.question.tokens:
         logits = llama.extend((token,))

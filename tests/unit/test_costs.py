@@ -12,7 +12,7 @@ RATES = Costs(compute_ms=2.0, attention_ms=0.5, load_ms=0.01)
 
 
 def test_full_prefill_pays_attention_to_half_of_itself_on_average() -> None:
-    assert RATES.full(900, 100) == {"prefill": pytest.approx(1000 * (2.0 + 0.5 * 0.5))}
+    assert RATES.full(1000) == {"prefill": pytest.approx(1000 * (2.0 + 0.5 * 0.5))}
 
 
 def test_every_step_of_a_stitched_answer() -> None:
@@ -49,7 +49,7 @@ def test_noisy_measurements_give_no_negative_rates() -> None:
 
 
 def test_learning_moves_towards_what_happened() -> None:
-    expected = RATES.full(900, 100)
+    expected = RATES.full(1000)
     known = RATES
     errors = []
     for _ in range(12):
@@ -61,7 +61,7 @@ def test_learning_moves_towards_what_happened() -> None:
 
 
 def test_one_wild_measurement_counts_as_four_times_at_most() -> None:
-    expected = RATES.full(900, 100)
+    expected = RATES.full(1000)
     for factor, limit in ((1000.0, 4.0), (0.0001, 0.25)):
         wild = RATES.learn(expected, {"prefill": factor * expected["prefill"]})
         assert wild == RATES.learn(expected, {"prefill": limit * expected["prefill"]})
@@ -76,7 +76,7 @@ def test_steps_that_did_not_happen_teach_nothing() -> None:
 def test_saved_and_loaded(tmp_path: Path) -> None:
     path = tmp_path / "costs" / "m.json"
     assert costs.load(path) is None
-    known = RATES.learn(RATES.full(900, 100), {"prefill": 5000.0})
+    known = RATES.learn(RATES.full(1000), {"prefill": 5000.0})
     costs.save(known, path)
     assert costs.load(path) == known
     costs.save(RATES, path)

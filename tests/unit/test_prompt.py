@@ -187,3 +187,37 @@ def test_a_template_cannot_reach_python(vocabulary: Vocabulary) -> None:
     except (ModelError, jinja2.TemplateError):
         return
     assert b"Popen" not in b"".join(map(vocabulary.piece, preamble))
+
+
+@pytest.mark.parametrize("passages", [PASSAGES, ()])
+def test_a_second_turn_reads_as_the_template_writes_it(
+    vocabulary: Vocabulary, template: str, spell: Spelled, passages: tuple[str, ...]
+) -> None:
+    writer = PromptWriter(vocabulary, template, WORDING)
+    first = (writer.preamble, *map(writer.chunk, PASSAGES), writer.question("When?"))
+    second = (writer.bridge(bool(passages)), *map(writer.chunk, passages), writer.question("And then?"))
+    documents = "".join(f"{passage}\n\n" for passage in passages)
+    messages = [
+        {"role": "system", "content": WORDING.system},
+        {"role": "user", "content": "Documents:\n\n" + "".join(f"{p}\n\n" for p in PASSAGES) + "Question: When?"},
+        {"role": "assistant", "content": "In 1871."},
+        {"role": "user", "content": ("Documents:\n\n" if passages else "") + documents + "Question: And then?"},
+    ]
+    written = jinja2.Environment().from_string(template).render(messages=messages, add_generation_prompt=True)
+    assert spell(*first, writer.answer("In 1871."), *second) == written
+
+
+def test_templates_end_answers_with_the_models_own_token(vocabulary: Vocabulary, spell: Spelled) -> None:
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+    )
+    writer = PromptWriter(vocabulary, template, WORDING)
+    assert vocabulary.end_text == "<|im_end|>"
+    assert spell(writer.bridge(documents=False)) == "<|im_end|>[user]"
+    assert "<|im_end|>" not in spell(writer.preamble, writer.question("Why?"))
+
+
+def test_a_template_without_answers_gets_a_blank_line(vocabulary: Vocabulary, spell: Spelled) -> None:
+    writer = PromptWriter(vocabulary, "{{ messages[-1].content }}", WORDING)
+    assert spell(writer.bridge(documents=True)) == "\n\nDocuments:\n\n"
+    assert spell(writer.bridge(documents=False)) == "\n\n"

@@ -26,12 +26,13 @@ Rows = npt.NDArray[np.intp]
 def correct(plan: StitchPlan, shape: ModelShape, k_rot: Sequence[Float16], fresh_k_rot: Sequence[Float16]) -> None:
     """Shifts the reused keys of every chunk that has enough recomputed ones, in all layers, in place.
 
-    k_rot: per layer [context, kv_heads * key_dim], as stored, rotated to their positions.
+    k_rot: per layer [rows, kv_heads * key_dim], as stored, rotated to their positions; row 0 is the plan's first.
     fresh_k_rot: per layer [recomputed, kv_heads * key_dim], in order of position.
     """
-    fresh_rows = np.concatenate([np.arange(span.start, span.stop) for span in plan.recomputed])
-    chunks = _chunks(plan, fresh_rows)
-    cos, sin = transfer.angles(np.arange(plan.prompt.context_tokens), shape.rope)
+    first = plan.spans[0].start
+    fresh_rows = np.concatenate([np.arange(span.start, span.stop) for span in plan.recomputed]) - first
+    chunks = _chunks(plan, fresh_rows, first)
+    cos, sin = transfer.angles(np.arange(first, plan.prompt.context_tokens), shape.rope)
 
     def heads(k: Float16) -> Float32:
         return k.astype(np.float32).reshape(len(k), shape.kv_heads, shape.key_dim)
@@ -50,11 +51,11 @@ def correct(plan: StitchPlan, shape: ModelShape, k_rot: Sequence[Float16], fresh
         list(pool.map(correct_layer, range(shape.layers)))
 
 
-def _chunks(plan: StitchPlan, fresh_rows: Rows) -> list[tuple[Rows, Rows]]:
+def _chunks(plan: StitchPlan, fresh_rows: Rows, first: int) -> list[tuple[Rows, Rows]]:
     """Recomputed and reused rows of every chunk that has enough of the first and any of the second."""
     found = []
     for chunk, start in zip(plan.prompt.chunks, plan.prompt.starts[1:], strict=False):
-        rows = np.arange(start, start + len(chunk))
+        rows = np.arange(start, start + len(chunk)) - first
         recomputed = rows[np.isin(rows, fresh_rows, assume_unique=True)]
         reused = np.setdiff1d(rows, recomputed, assume_unique=True)
         if len(recomputed) >= EVIDENCE_TOKENS and len(reused):

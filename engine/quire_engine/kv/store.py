@@ -2,22 +2,27 @@
 
 Knows nothing of what a file says; opening hands its bytes to `format`. A file is written under a temporary
 name, flushed to the disk and renamed, so a crash, a full disk or a second process writing the same key cannot
-leave a half-written one. Needs a POSIX file system.
+leave a half-written one. Lists what lies there, with size and last use, for those who decide what has to go.
+Needs a POSIX file system.
 """
 
 import errno
+import fcntl
+import json
 import os
 import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from quire_engine.errors import DamagedChunk, MissingChunk, UnwritableStore
 from quire_engine.kv.format import ChunkReader
 
 _SUFFIX = ".kv"
+_COUNTER = "written.json"
 _TEMPORARY = ".tmp"
 _LEFTOVER_AGE_S = 3600.0  # no write takes this long, so what is older was left by a crash
 _KEY = re.compile(r"[0-9a-f]{8,128}")
@@ -29,6 +34,16 @@ _HINTS = {
 }
 
 
+@dataclass(frozen=True)
+class Stored:
+    """One chunk on disk. root: of the store it is in.  used_at: when it was last written or opened."""
+
+    root: Path
+    key: str
+    size_bytes: int
+    used_at: float
+
+
 class KVStore:
     """Chunks by key, a hex string of 8 to 128 lower-case digits; ValueError for anything else.
 
@@ -38,6 +53,11 @@ class KVStore:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._swept = False
+        self.written_bytes = 0  # by this object
+
+    @property
+    def root(self) -> Path:
+        return self._root
 
     def has(self, key: str) -> bool:
         return self._path(key).exists()
@@ -59,7 +79,10 @@ class KVStore:
                 hint=_HINTS.get(error.errno or 0, "Check the disk and the directory's permissions."),
                 details=str(error),
             ) from error
-        return memoryview(data).nbytes
+        size_bytes = memoryview(data).nbytes
+        self.written_bytes += size_bytes
+        _count(self._root, size_bytes)
+        return size_bytes
 
     def open(self, key: str) -> ChunkReader:
         """A reader of the chunk; close it, or use it as a context manager. It outlives the chunk's removal.
@@ -68,6 +91,11 @@ class KVStore:
         """
         source = _File(self._path(key))
         try:
+            with suppress(OSError):  # another's file, or a disk that is read-only: it just looks unused
+                written_ns = self._path(key).stat().st_mtime_ns
+                os.utime(
+                    self._path(key), ns=(time.time_ns(), written_ns)
+                )  # many systems count no reading by themselves
             return ChunkReader(source)
         except BaseException:
             source.close()
@@ -87,17 +115,28 @@ class KVStore:
         """Forget the chunk; nothing happens when there is none."""
         self._path(key).unlink(missing_ok=True)
 
+    def entries(self) -> list[Stored]:
+        """All chunks, in no order."""
+        found: list[Stored] = []
+        for path in self._files(_SUFFIX):
+            with suppress(FileNotFoundError):  # removed by another process meanwhile
+                status = path.stat()
+                found.append(Stored(self._root, path.stem, status.st_size, max(status.st_atime, status.st_mtime)))
+        return found
+
     def keys(self) -> list[str]:
         """All keys, sorted."""
         return sorted(path.stem for path in self._files(_SUFFIX))
 
     def size_bytes(self) -> int:
         """Bytes of all chunks together."""
-        total = 0
-        for path in self._files(_SUFFIX):
-            with suppress(FileNotFoundError):  # removed by another process meanwhile
-                total += path.stat().st_size
-        return total
+        return sum(entry.size_bytes for entry in self.entries())
+
+    def total_written_bytes(self) -> int:
+        """Bytes that all processes ever wrote here: what the disk had to bear."""
+        with suppress(OSError, ValueError, TypeError, KeyError), open(self._root / _COUNTER, encoding="ascii") as file:
+            return int(json.load(file)["bytes"])
+        return 0
 
     def _path(self, key: str) -> Path:
         if not _KEY.fullmatch(key):
@@ -173,6 +212,23 @@ def _write_atomically(path: Path, data: memoryview) -> None:
             os.unlink(temporary)
         raise
     _flush_directory(path.parent)
+
+
+def _count(root: Path, size_bytes: int) -> None:
+    """Adds to the counter beside the chunks. It is worth no flush: after a power failure it may lag behind."""
+    with suppress(OSError):
+        fd = os.open(root / _COUNTER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            try:
+                before = int(json.loads(os.pread(fd, 100, 0))["bytes"])
+            except (ValueError, TypeError, KeyError):  # new, or damaged
+                before = 0
+            text = json.dumps({"version": 1, "bytes": before + size_bytes}).encode("ascii")
+            os.pwrite(fd, text, 0)
+            os.ftruncate(fd, len(text))
+        finally:
+            os.close(fd)
 
 
 def _flush_directory(directory: Path) -> None:

@@ -28,8 +28,8 @@ class Placement:
     position: int
 
     @property
-    def rows(self) -> slice:
-        return slice(self.position, self.position + self.chunk.tokens)
+    def stop(self) -> int:
+        return self.position + self.chunk.tokens
 
 
 class DamagedPlacements(DamagedChunk):
@@ -45,22 +45,25 @@ def angles(positions: npt.ArrayLike, rope: Rope) -> tuple[Float32, Float32]:
     return rotary.angles(positions, rope.dims, rope.base, rope.scale, rope.factors)
 
 
-def place(placements: Sequence[Placement], rope: Rope, k_rot: Sequence[Float16], v: Sequence[Float16]) -> None:
+def place(
+    placements: Sequence[Placement], rope: Rope, k_rot: Sequence[Float16], v: Sequence[Float16], first: int = 0
+) -> None:
     """Fills the rows of every placement, in all layers.
 
-    k_rot, v: per layer [prompt rows, kv_heads * dim].  Raises DamagedPlacements after placing what it could.
+    k_rot, v: per layer [rows, kv_heads * dim], of which row 0 is position `first`.
+    Raises DamagedPlacements after placing what it could.
     """
     with ThreadPoolExecutor(max_workers=min(len(placements), os.cpu_count() or 1)) as pool:
-        sound = list(pool.map(lambda placement: _place(placement, rope, k_rot, v), placements))
+        sound = list(pool.map(lambda placement: _place(placement, rope, k_rot, v, first), placements))
     damaged = tuple(placement.key for placement, ok in zip(placements, sound, strict=True) if not ok)
     if damaged:
         raise DamagedPlacements(damaged)
 
 
-def _place(placement: Placement, rope: Rope, k_rot: Sequence[Float16], v: Sequence[Float16]) -> bool:
+def _place(placement: Placement, rope: Rope, k_rot: Sequence[Float16], v: Sequence[Float16], first: int) -> bool:
     """Whether the chunk's bytes were sound."""
-    rows = placement.rows
-    cos, sin = angles(np.arange(rows.start, rows.stop), rope)
+    rows = slice(placement.position - first, placement.stop - first)
+    cos, sin = angles(np.arange(placement.position, placement.stop), rope)
     try:
         for layer, (layer_k, layer_v) in enumerate(zip(k_rot, v, strict=True)):
             packed = placement.chunk.layer(layer)

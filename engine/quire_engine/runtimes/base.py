@@ -1,6 +1,6 @@
 """What the engine asks of a runtime. One conversation at a time, one thread at a time.
 
-A runtime holds the live sequence (what has been said, exact or stitched) and beside it the placed rows (stored KV at
+A runtime holds the live sequence (what has been said, exact or stitched) and behind it the placed rows (stored KV at
 final positions, before any of it was recomputed).
 """
 
@@ -18,27 +18,45 @@ class Runtime(Protocol):
     shape: ModelShape
     tile_tokens: int  # tokens that are computed together: a few more than a multiple of it cost as much as all
 
+    @property
+    def live_tokens(self) -> int:
+        """Tokens of the live sequence."""
+
     def reserve(self, tokens: int) -> None:
-        """Makes room for a prompt, its scratch copies and its answer together; forgets the live sequence."""
+        """Makes room for so many tokens together: live sequence, placed rows, scratch copies and answer."""
+
+    def rewind(self, tokens: int) -> int:
+        """Cuts the live sequence to its first so many tokens and forgets placed rows and whatever an abort left.
+
+        Returns the tokens that are left: none where a model cannot go back.
+        """
 
     def encode(self, guard: Sequence[int], tokens: Sequence[int], layers: int | None = None) -> tuple[Float16, Float16]:
         """K before RoPE and V of `tokens` read behind `guard`: two [layers, tokens, kv_heads, dim] arrays.
 
-        layers: only the first so many, computed alone.  Forgets the live sequence.
+        layers: only the first so many, computed alone.
         """
 
     def place(self, placements: Sequence[Placement]) -> None:
-        """Loads stored rows, rotates K to final positions and keeps them beside the live sequence, which is
-        forgotten. Raises DamagedPlacements when stored bytes are wrong."""
+        """Loads stored rows, rotates K to final positions and keeps them behind the live sequence, gapless.
+
+        Raises DamagedPlacements when stored bytes are wrong.
+        """
 
     def probe(self, question: Sequence[int], position: int) -> Float32:
-        """Attention mass [position] that the question's tokens give to every placed row before them."""
+        """Attention mass [position - live tokens] that the question's tokens give to every placed row before them."""
+
+    def adopt(self) -> None:
+        """Appends the placed rows to the live sequence as they are."""
 
     def execute(self, plan: StitchPlan) -> None:
-        """Makes the live sequence of everything before the question; placed rows are used up."""
+        """Appends everything before the plan's question to the live sequence; placed rows are used up."""
 
     def extend(self, tokens: Sequence[int]) -> Float32:
         """Appends tokens to the live sequence; scores of the next token [vocabulary]."""
 
+    def rows(self, start: int, stop: int) -> tuple[Float16, Float16]:
+        """K before RoPE and V of live positions start..stop, as `encode` gives them."""
+
     def abortable(self, should_stop: Callable[[], bool]) -> AbstractContextManager[None]:
-        """Within the block, computations raise Aborted soon after should_stop() turns true."""
+        """Within the block, computations raise Aborted soon after should_stop() turns true; rewind afterwards."""

@@ -85,6 +85,13 @@ class LlamaModel:
                 return buffer.raw[:count]
             size = -count
 
+    @property
+    def end_text(self) -> str:
+        """How the token that ends a text is written; empty where there is none."""
+        token = int(c.llama_vocab_eos(self.vocabulary))
+        text = c.llama_vocab_get_text(self.vocabulary, token) if token >= 0 else b""
+        return str(text.decode("utf-8", errors="replace"))
+
     def is_end(self, token: int) -> bool:
         return bool(c.llama_vocab_is_eog(self.vocabulary, token))
 
@@ -185,12 +192,9 @@ class LlamaContext:
         if start < stop:
             c.llama_memory_seq_cp(self.memory, source, target, start, stop)
 
-    def remove(self, sequence: int, start: int = 0, stop: int = -1) -> None:
-        c.llama_memory_seq_rm(self.memory, sequence, start, stop)
-
-    def clear(self) -> None:
-        if self.handle:
-            c.llama_memory_clear(self.memory, False)
+    def remove(self, sequence: int, start: int = 0, stop: int = -1) -> bool:
+        """Takes positions start..stop from a sequence; false where the model's memory cannot lose only a part."""
+        return bool(c.llama_memory_seq_rm(self.memory, sequence, start, stop))
 
     def read_state(self, sequence: int) -> npt.NDArray[np.uint8]:
         """The state blob of one sequence; llama_state.py knows its layout."""

@@ -2,9 +2,10 @@
 
 llama.cpp cannot rewrite the middle of its cache, but cells can belong to several sequences. So all stored rows are
 written once, at their final positions, into one sequence (PLACED). Every span that is to be recomputed gets a sequence
-of its own that shares the placed cells before it; all spans are decoded in one batch; their rows are read back, and the
-live sequence is written from them and from the stored ones, corrected by what they reveal (drift.py). Spans see stale
-copies of one another, which costs little accuracy and saves most of the time (docs/decisions/llama_cpp_spans.md).
+of its own that shares the cells before it; all spans are decoded in one batch; their rows are read back and written
+again together with the stored ones, which are corrected by what they reveal (drift.py); then the live sequence takes
+them over. Spans see stale copies of one another, which costs little accuracy and saves most of the time
+(docs/decisions/llama_cpp_spans.md).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +15,16 @@ import numpy as np
 
 from quire_engine.kv import drift, transfer
 from quire_engine.kv.transfer import Placement
-from quire_engine.plan import Span, StitchPlan
+from quire_engine.plan import Prompt, Span, StitchPlan
 from quire_engine.runtimes import llama_state
 from quire_engine.runtimes.llama_context import LlamaContext, LlamaModel
 from quire_engine.selection import probe as attention
 from quire_engine.types import Float16, Float32, ModelShape
 from quire_kernels import rope
 
-LIVE, PLACED, SCRATCH, FIRST_SPAN = 0, 1, 2, 3
+LIVE, PLACED, SCRATCH, FIRST_GUARD = 0, 1, 2, 3
+_GUARDS = 4  # texts behind which passages are read: the preamble, and a few for measuring
+FIRST_SPAN = FIRST_GUARD + _GUARDS
 MAX_SPANS = 96  # sequences decoded in one batch; more spans take another batch
 _SEQUENCES = FIRST_SPAN + MAX_SPANS
 _CELL_STEP = 1024
@@ -45,17 +48,33 @@ class LlamaCppRuntime:
         self._live_tokens = 0
         self._should_stop: Callable[[], bool] | None = None
 
+    @property
+    def live_tokens(self) -> int:
+        return self._live_tokens
+
     def reserve(self, tokens: int) -> None:
-        cells = -(-tokens // _CELL_STEP) * _CELL_STEP
-        if cells > self._context.cells:
+        tokens += sum(map(len, self._guards))
+        if tokens > self._context.cells:
+            live = self._context.read_state(LIVE) if self._live_tokens else None
             self._context.close()
+            cells = -(-tokens // _CELL_STEP) * _CELL_STEP
             self._context = LlamaContext(self.model, cells, self._sequences, self._threads)
             self._context.abort_when(self._should_stop)
-        self._clear()
+            self._guards, self._placed = {}, None
+            if live is not None:
+                self._context.write_state(LIVE, live)
 
-    def _clear(self) -> None:
-        self._context.clear()
-        self._guards, self._placed, self._live_tokens = {}, None, 0
+    def rewind(self, tokens: int) -> int:
+        for sequence in (PLACED, SCRATCH, *range(FIRST_SPAN, self._sequences)) if self._sequences > 1 else ():
+            self._context.remove(sequence)
+        self._placed = None
+        if tokens == 0:
+            self._context.remove(LIVE)
+        elif not self._context.remove(LIVE, tokens):  # a recurrent model has no way back
+            self._context.remove(LIVE)
+            tokens = 0
+        self._live_tokens = min(tokens, self._live_tokens)
+        return self._live_tokens
 
     def close(self) -> None:
         self._context.close()
@@ -85,13 +104,13 @@ class LlamaCppRuntime:
 
     def _guard_sequence(self, guard: tuple[int, ...], room: int) -> int:
         """The sequence that holds a guard's KV and nothing else, computed once for many chunks."""
-        if self._live_tokens or self._placed:
-            self._clear()
-        used = sum(len(known) for known in {*self._guards, guard})
-        if used + room > self._context.cells:
-            self.reserve(used + room)
+        if guard not in self._guards and len(self._guards) == _GUARDS:
+            for sequence in self._guards.values():
+                self._context.remove(sequence)
+            self._guards = {}
+        self.reserve(self._live_tokens + len(guard) + room)  # which may forget the guards
         if guard not in self._guards:
-            sequence = FIRST_SPAN + len(self._guards)
+            sequence = FIRST_GUARD + len(self._guards)
             self._context.remove(sequence)  # what an aborted reading left
             self._context.decode(guard, np.arange(len(guard)), sequence)
             self._guards[guard] = sequence
@@ -114,67 +133,79 @@ class LlamaCppRuntime:
     # One question
 
     def place(self, placements: Sequence[Placement]) -> None:
-        tokens = max(placement.rows.stop for placement in placements)
-        self._clear()
+        first, stop = self._live_tokens, max(placement.stop for placement in placements)
+        self._context.remove(PLACED)
         magic = llama_state.magic_of(self._context.read_state(PLACED))  # also of a sequence that holds nothing yet
-        state = llama_state.empty(self.shape, tokens, magic)
-        state.positions[:] = np.arange(tokens)
-        transfer.place(placements, self.shape.rope, state.k_rot, state.v)
+        state = llama_state.empty(self.shape, stop - first, magic)
+        state.positions[:] = np.arange(first, stop)
+        transfer.place(placements, self.shape.rope, state.k_rot, state.v, first)
         self._context.write_state(PLACED, state.blob)
         self._placed = state
 
     def probe(self, question: Sequence[int], position: int) -> Float32:
         assert self._placed is not None, "place() comes before probe()"
         layers = attention.probed_layers(self.shape.layers)
-        self._context.copy(PLACED, SCRATCH, 0, position)
+        self._context.copy(LIVE, SCRATCH, 0, self._live_tokens)
+        self._context.copy(PLACED, SCRATCH, self._live_tokens, position)
         with self._context.capturing_queries(layers) as captured:
             self._context.decode(question, position + np.arange(len(question)), SCRATCH)
         self._context.remove(SCRATCH)
         queries = {layer: np.concatenate(parts) for layer, parts in captured.items()}
-        return attention.mass(queries, self._placed.k_rot, self.shape, position)
+        return attention.mass(queries, self._placed.k_rot, self.shape, position - self._live_tokens)
+
+    def adopt(self) -> None:
+        assert self._placed is not None, "place() comes before adopt()"
+        stop = self._live_tokens + len(self._placed.positions)
+        self._context.copy(PLACED, LIVE, self._live_tokens, stop)
+        self._context.remove(PLACED)
+        self._placed, self._live_tokens = None, stop
 
     def execute(self, plan: StitchPlan) -> None:
-        context_tokens = plan.prompt.context_tokens
+        prompt = plan.prompt
         if self._placed is None:  # nothing stored was wanted: full prefill
-            self._clear()
-            self._context.decode(plan.prompt.tokens[:context_tokens], np.arange(context_tokens), LIVE)
-        else:
-            for first in range(0, len(plan.recomputed), MAX_SPANS):
-                self._recompute(plan.prompt.tokens, plan.recomputed[first : first + MAX_SPANS])
-            if plan.recomputed:
-                self._settle(plan, self._placed)
-            else:
-                self._context.copy(PLACED, LIVE, 0, context_tokens)
-            self._context.remove(PLACED)
-            self._placed = None
-        self._live_tokens = context_tokens
+            first, stop = self._live_tokens, prompt.context_tokens
+            tokens = prompt.tokens[first - prompt.position : stop - prompt.position]
+            self._context.decode(tokens, np.arange(first, stop), LIVE)
+            self._live_tokens = stop
+            return
+        for batch in range(0, len(plan.recomputed), MAX_SPANS):
+            self._recompute(prompt, plan.recomputed[batch : batch + MAX_SPANS])
+        if plan.recomputed:
+            self._settle(plan, self._placed)
+        self.adopt()
 
-    def _recompute(self, tokens: Sequence[int], spans: Sequence[Span]) -> None:
-        """Decodes spans in one batch, each over the placed rows before it, and hands them to the live sequence."""
+    def _recompute(self, prompt: Prompt, spans: Sequence[Span]) -> None:
+        """Decodes spans in one batch, each over the rows before it, and hands them to the scratch sequence."""
         owners = range(FIRST_SPAN, FIRST_SPAN + len(spans))
         for owner, span in zip(owners, spans, strict=True):
-            self._context.copy(PLACED, owner, 0, span.start)
+            self._context.copy(LIVE, owner, 0, self._live_tokens)
+            self._context.copy(PLACED, owner, self._live_tokens, span.start)
         positions = np.concatenate([np.arange(span.start, span.stop) for span in spans])
         lengths = [len(span) for span in spans]
-        self._context.decode([tokens[p] for p in positions], positions, np.repeat(owners, lengths))
+        tokens = np.asarray(prompt.tokens)[positions - prompt.position]
+        self._context.decode(tokens.tolist(), positions, np.repeat(owners, lengths))
         for owner, span in zip(owners, spans, strict=True):
-            self._context.copy(owner, LIVE, span.start, span.stop)
+            self._context.copy(owner, SCRATCH, span.start, span.stop)
             self._context.remove(owner)
 
     def _settle(self, plan: StitchPlan, state: llama_state.SequenceState) -> None:
-        """Makes the live sequence of the recomputed rows that it holds and the stored ones, shifted by their drift."""
-        fresh = llama_state.parse(self._context.read_state(LIVE), self.shape)
+        """Writes the placed rows again: the recomputed ones as they are now, the others corrected by their drift."""
+        fresh = llama_state.parse(self._context.read_state(SCRATCH), self.shape)
         order = np.argsort(fresh.positions, kind="stable")
         fresh_k_rot = [k[order] for k in fresh.k_rot]
         drift.correct(plan, self.shape, state.k_rot, fresh_k_rot)
-        rows = fresh.positions[order]
+        rows = fresh.positions[order] - self._live_tokens
         for layer in range(self.shape.layers):
             state.k_rot[layer][rows] = fresh_k_rot[layer]
             state.v[layer][rows] = fresh.v[layer][order]
+        self._context.remove(SCRATCH)
         self._context.remove(PLACED)  # there is no room for two
-        self._context.write_state(LIVE, state.blob)
+        self._context.write_state(PLACED, state.blob)
 
     def extend(self, tokens: Sequence[int]) -> Float32:
         self._context.decode(tokens, self._live_tokens + np.arange(len(tokens)), LIVE, logits=True)
         self._live_tokens += len(tokens)
         return self._context.logits()
+
+    def rows(self, start: int, stop: int) -> tuple[Float16, Float16]:
+        return self._rows(LIVE, start, stop - start, self.shape.layers)
