@@ -14,5 +14,5 @@ def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / ".home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
-    for name in ("DATA", "CACHE", "CONFIG"):
+    for name in ("DATA", "CACHE", "CONFIG", "LOG"):
         monkeypatch.setenv(f"QUIRE_{name}_DIR", str(home / name.lower()))

@@ -10,7 +10,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from quire import paths
@@ -18,7 +18,7 @@ from quire.session import Session
 from quire_engine.baselines import PlainLlama, prefix_only_ms
 from quire_engine.engine import Engine, Request
 from quire_engine.errors import QuireError
-from quire_engine.types import Answered, Text
+from quire_engine.types import Answered, Exchange, Text
 
 _QUESTION = "What do the documents say about the time before the war?"
 _ANSWER_TOKENS = 48
@@ -149,6 +149,99 @@ def answers(
     ]
 
 
+@dataclass(frozen=True)
+class FollowupRow:
+    """First-token time of one turn of a conversation. new_tokens: what the turn adds to the context.
+    speedup: median of full prefill of the same context / median."""
+
+    turn: str
+    context_tokens: int
+    new_tokens: int
+    method: str
+    runs: int
+    median_ms: float
+    lowest_ms: float
+    highest_ms: float
+    speedup: float
+
+
+_GROWN, _PREFIX, _FULL = "quire", "prefix kept, new part prefilled", "full prefill"
+
+
+def followup(session: Session, turns: int, tokens: int, runs: int, say: Say) -> list[FollowupRow]:
+    """Time to the first token of every turn of a conversation, and of one more after reopening it.
+
+    Against a growing context whose new part is prefilled (what a prefix cache saves), and full prefill. All three take
+    turns in one run. tokens: of the passages that each turn brings.
+    """
+    times: dict[tuple[str, str], list[float]] = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    with _scratch_engine(session) as engine:
+        if engine.reuse_off:
+            raise QuireError(f"There is nothing to compare: {engine.reuse_off}")
+        texts = _passages(session, engine, tokens * (turns + 1))
+        share = -(-len(texts) // (turns + 1))
+        brought = [texts[start : start + share] for start in range(0, len(texts), share)]
+        engine.cache(texts)
+        for run in range(runs):
+            for name, tokens_now, ms in _conversation(engine, session, brought, f"({run})"):
+                sizes[name] = tokens_now
+                for method, took in ms.items():
+                    times.setdefault((name, method), []).append(took)
+                figures = ", ".join(f"{method} {took:.0f} ms" for method, took in ms.items())
+                say(f"  run {run + 1}/{runs}  turn {name}: {tokens_now[0]} tokens, {figures}")
+    return [
+        FollowupRow(name, *sizes[name], method, len(ms), median, min(ms), max(ms), full / median)
+        for (name, method), ms in times.items()
+        for median, full in [(statistics.median(ms), statistics.median(times[name, _FULL]))]
+    ]
+
+
+def _conversation(
+    engine: Engine, session: Session, brought: Sequence[tuple[str, ...]], mark: str
+) -> Iterator[tuple[str, tuple[int, int], dict[str, float]]]:
+    """One conversation on three engines over one cache: name, context and new tokens, milliseconds by method."""
+    cache_dir = engine.turns.store.root.parent.parent
+    ours, prefix, full = (session.make_engine(cache_dir) for _ in range(3))
+    history: tuple[Exchange, ...] = ()
+    for number, passages in enumerate(brought, 1):
+        name = str(number)
+        if number == len(brought):
+            name, ours = "reopened", session.make_engine(cache_dir)
+            _ = ours.runtime  # loading the weights is another matter
+            ours.turns.store.drop_from_memory({entry.key for entry in ours.turns.store.entries()})
+        request = Request(f"{_QUESTION} {mark}", passages, max_tokens=8, insist=True, history=history, keep=True)
+        grown, answer = _first_token(ours, request)
+        exact = replace(request, ratio=1.0, keep=False)
+        _first_token(prefix, replace(exact, passages=(), max_tokens=1))  # brings the earlier turns
+        full.runtime.rewind(0)
+        ms = {
+            _GROWN: grown.timings.first_token_ms,
+            _PREFIX: _first_token(prefix, exact)[0].timings.first_token_ms,
+            _FULL: _first_token(full, exact)[0].timings.first_token_ms,
+        }
+        kept = grown.tokens.kept
+        yield name, (grown.tokens.context, grown.tokens.context - kept), ms
+        history = (*history, Exchange(passages, request.question, answer))
+
+
+def _first_token(engine: Engine, request: Request) -> tuple[Answered, str]:
+    *events, end = engine.answer(request)
+    assert isinstance(end, Answered)
+    return end, "".join(event.text for event in events if isinstance(event, Text))
+
+
+def followup_table(rows: Sequence[FollowupRow]) -> list[str]:
+    lines = [f"{'turn':<9}{'context':>8}{'new':>7}  {'method':<32}{'runs':>5}{'median':>10}{'spread':>18}  speedup"]
+    for r in rows:
+        spread = f"{r.lowest_ms:.0f}-{r.highest_ms:.0f}"
+        lines.append(
+            f"{r.turn:<9}{r.context_tokens:>8}{r.new_tokens:>7}  {r.method:<32}{r.runs:>5}"
+            f"{r.median_ms:>7.0f} ms{spread:>15} ms  {r.speedup:.2f}x"
+        )
+    return lines
+
+
 def _answer(engine: Engine, case: _Case, ratio: float, selector: str) -> str:
     request = Request(case.question, case.passages, ratio, selector, _ANSWER_TOKENS, insist=True)
     return "".join(event.text for event in engine.answer(request) if isinstance(event, Text))
@@ -209,7 +302,7 @@ def _sample_passages(tokens: int) -> list[str]:
     return [f"Part {number}. {pieces[number % len(pieces)]}" for number in range(tokens // 250 + 1)]
 
 
-def as_json(rows: Sequence[TtftRow] | Sequence[AnswersRow]) -> str:
+def as_json(rows: Sequence[TtftRow] | Sequence[AnswersRow] | Sequence[FollowupRow]) -> str:
     return json.dumps({"rows": [asdict(row) for row in rows]})
 
 

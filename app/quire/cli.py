@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Event as Flag
 from typing import TYPE_CHECKING, Any
@@ -64,14 +65,21 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 
 @main.command()
 @click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--plain", is_flag=True, help="Line by line, for screen readers and pipes: questions from stdin.")
 @_model_option
-def chat(paths: tuple[Path, ...], model: str | None) -> None:
+def chat(paths: tuple[Path, ...], plain: bool, model: str | None) -> None:
     """Open the application, after adding PATHS. Plain `quire` and `quire PATH` do the same."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise QuireError("The application needs a terminal.", 'In scripts: quire ask "question", quire status --json.')
+    if not plain and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        hint = 'Line by line: quire chat --plain. In scripts: quire ask "question", quire status --json.'
+        raise QuireError("The application needs a terminal.", hint)
     for path in paths:
         if not path.expanduser().exists():
             raise QuireError(f"There is no file or folder {path}.", "Check the spelling.")
+    if plain:
+        from quire import plain as lines
+
+        with _session(model=model) as session:
+            sys.exit(lines.run(session, paths, _interruptible))
     from quire.tui.app import run
 
     run({"model": model} if model else {}, paths)
@@ -207,6 +215,118 @@ class _Answering:
             (sys.stderr if err else sys.stdout).flush()
 
 
+# Models and settings
+
+
+@main.group(name="models", invoke_without_command=True)
+@_model_option
+@_json_option
+@click.pass_context
+def models_(ctx: click.Context, model: str | None, as_json: bool) -> None:
+    """List the models: the bundled one, those on this computer, and well-known ones to fetch."""
+    if ctx.invoked_subcommand is None:
+        from quire import config, models
+
+        listed = models.listing(config.load({"model": model} if model else {}))
+        click.echo(json.dumps(models.as_json(listed), indent=2) if as_json else "\n".join(models.lines(listed)))
+
+
+@models_.command()
+@click.argument("name")
+def use(name: str) -> None:
+    """Use a model from now on: its NAME or the path of a GGUF file. Says what switching costs."""
+    from quire import config, model_files, models
+
+    chosen = models.find(name, config.load())
+    with _session() as session:
+        price = models.price(session, replace(session.settings, model=chosen.choice))
+    config.save({"model": chosen.choice})
+    if not chosen.bundled:
+        model_files.remember(chosen.path)
+    click.echo(f"From now on: {printable(chosen.title)}. {'' if chosen.in_use else price.sentence()}".rstrip())
+    _warn_if_outranked("model")
+
+
+@models_.command()
+@click.argument("source")
+@click.option("--sha256", default="", help="What the file must be; Hugging Face says it by itself.")
+def pull(source: str, sha256: str) -> None:
+    """Fetch a model: a NAME of `quire models`, a web address, or organisation/repository/FILE.gguf.
+
+    Ctrl-C is safe: the same command goes on from there.
+    """
+    from quire import models, render
+    from quire_engine.errors import Aborted
+
+    with _interruptible() as stop, _progress("Fetching") as bar:
+        try:
+            path = models.pull(
+                source, lambda f: bar(f.done_bytes, f.total_bytes or f.done_bytes + 1), stop.is_set, sha256
+            )
+        except Aborted:
+            raise KeyboardInterrupt from None
+    click.echo(f"Fetched {render.size(path.stat().st_size)}: {printable(path.name)}")
+    click.echo(f"Use it: quire models use {printable(path.stem)}")
+
+
+@models_.command(name="remove")
+@click.argument("name")
+def remove_model(name: str) -> None:
+    """Delete a model that was fetched. One that lies elsewhere is only forgotten."""
+    from quire import config, models, render
+
+    model = models.find(name, config.load())
+    models.remove(model)
+    if model.path.exists():
+        click.echo(f"Forgot {printable(model.title)}. Its file stays: {printable(str(model.path))}")
+    else:
+        click.echo(f"Deleted {printable(model.title)}; {render.size(model.size_bytes)} are free again.")
+
+
+@main.group(name="config", invoke_without_command=True)
+@_json_option
+@click.pass_context
+def config_(ctx: click.Context, as_json: bool) -> None:
+    """Show all settings, and for each where its value comes from."""
+    if ctx.invoked_subcommand is None:
+        from quire import config, render
+
+        state = config.in_force()
+        if as_json:
+            click.echo(json.dumps(render.settings_json(*state), indent=2))
+        else:
+            click.echo("\n".join([f"# {printable(str(config.config_file()))}", *render.settings_lines(*state)]))
+
+
+@config_.command(name="set")
+@click.argument("name")
+@click.argument("value")
+def set_(name: str, value: str) -> None:
+    """Write a setting into config.toml. Comments and order of the file stay."""
+    from quire import config
+
+    config.save({name: value})
+    click.echo(f"{name} is {config.written(config.checked(name, value)) or 'not chosen'} from now on.")
+    _warn_if_outranked(name)
+
+
+@config_.command(name="unset")
+@click.argument("name")
+def unset(name: str) -> None:
+    """Take a setting out of config.toml, so that its default holds."""
+    from quire import config
+
+    gone = config.unset(name)
+    click.echo(f"{printable(name)} follows its default from now on." if gone else f"{name} was not set in the file.")
+
+
+def _warn_if_outranked(name: str) -> None:
+    from quire import config
+
+    if config.in_force()[1][name] == "environment":
+        click.secho(f"{config.variable(name)} in the environment still outranks it.", fg="yellow", err=True)
+
+
 # Measurements
 
 
@@ -231,6 +351,21 @@ def ttft(tokens: str, ratios: str, runs: int, model: str | None, as_json: bool) 
     with _session(model=model) as session:
         rows = measure.ttft(session, _numbers(tokens, int), _numbers(ratios, float), runs, _to_stderr)
         click.echo(measure.as_json(rows) if as_json else "\n".join(measure.ttft_table(rows)))
+
+
+@bench.command()
+@click.option("--turns", default=5, show_default=True, help="Turns before the conversation is opened again.")
+@click.option("--tokens", default=700, show_default=True, help="Tokens of passages that every turn brings.")
+@click.option("--runs", default=3, show_default=True, help="How many conversations.")
+@_model_option
+@_json_option
+def followup(turns: int, tokens: int, runs: int, model: str | None, as_json: bool) -> None:
+    """Time to the first token of every turn of a conversation, and of one that is opened again."""
+    from quire import bench as measure
+
+    with _session(model=model) as session:
+        rows = measure.followup(session, turns, tokens, runs, _to_stderr)
+        click.echo(measure.as_json(rows) if as_json else "\n".join(measure.followup_table(rows)))
 
 
 @bench.command()
@@ -276,6 +411,9 @@ def _cache(session: "Session") -> None:
         done = session.cache(lambda p: bar(p.tokens_done, p.tokens_total), stop.is_set)
     stored = render.size(session.engine.chunks.store.size_bytes())
     click.echo(f"Cached {done.done} of {done.total} passages ({done.tokens_done} tokens); {stored} on disk.")
+    if done.over_budget:
+        limit = render.size(session.shelf.limit_bytes)
+        click.echo(f"The disk budget of {limit} is used up. More: quire config set cache_gb 40")
     if stop.is_set():
         click.echo("Stopped. `quire cache` goes on from here.")
         sys.exit(_INTERRUPTED)

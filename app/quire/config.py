@@ -1,4 +1,4 @@
-"""The settings: each declared once with its meaning, default and limits; from config.toml or environment.
+"""The settings: each declared once with its meaning, default and limits; from config.toml or environment, saved there.
 
 Precedence: explicit override (a command line flag), then environment QUIRE_<NAME>, then file, then default. A
 name that does not exist and a value out of range are refused, with what would be right. Knows nothing of what
@@ -7,8 +7,10 @@ the values do.
 
 import difflib
 import os
+import tempfile
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Protocol, cast, get_args
@@ -17,6 +19,7 @@ from quire import paths
 from quire_engine.errors import QuireError
 
 Dial = Literal["fast", "balanced", "exact"]
+Origin = Literal["flag", "environment", "file", "default"]
 
 _NOT_SETTINGS = ("QUIRE_DATA_DIR", "QUIRE_CACHE_DIR", "QUIRE_CONFIG_DIR")
 
@@ -91,6 +94,17 @@ class _Choice:
 
 
 @dataclass(frozen=True)
+class _Switch:
+    def read(self, value: object) -> bool:
+        if isinstance(value, bool):
+            return value
+        return {"on": True, "true": True, "off": False, "false": False}[str(value).lower()]
+
+    def allowed(self) -> str:
+        return "on or off"
+
+
+@dataclass(frozen=True)
 class _Name:
     def read(self, value: object) -> str:
         if not isinstance(value, str) or not value.strip():
@@ -125,6 +139,14 @@ class _Ratio(_Real):
 
 _BITS = _Choice((2, 3, 4, 8, 16))
 
+HIGH_CONTRAST: Final = "high-contrast"
+THEMES: Final = (
+    "textual-dark", "textual-light", HIGH_CONTRAST, "ansi-dark", "ansi-light", "atom-one-dark", "atom-one-light",
+    "catppuccin-frappe", "catppuccin-latte", "catppuccin-macchiato", "catppuccin-mocha", "dracula", "flexoki",
+    "gruvbox", "monokai", "nord", "rose-pine", "rose-pine-dawn", "rose-pine-moon", "solarized-dark",
+    "solarized-light", "tokyo-night",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -146,7 +168,16 @@ class Settings:
     k_bits: Annotated[int, _BITS, "bits per stored value of a key; 16: not compressed"] = 8
     v_bits: Annotated[int, _BITS, "bits per stored value of a value; 16: not compressed"] = 8
     max_file_mb: Annotated[int, _Whole(1, 4096), "larger files are skipped, and listed"] = 20
+    cache_gb: Annotated[float, _Real(0, 1_000_000), "disk space for cached KV, in GB; 0: no limit"] = 20.0
+    theme: Annotated[str, _Choice(THEMES), "colours; ansi-dark and ansi-light use the terminal's own"] = "textual-dark"
+    animations: Annotated[bool, _Switch(), "whether anything on the screen moves by itself"] = True
 
+
+# What stored KV depends on; and what needs nothing to be opened again, but counts from the next question on.
+CACHE_DEPENDS_ON: Final = frozenset({"model", "chunk_tokens", "k_bits", "v_bits"})
+COUNTS_AT_ONCE: Final = frozenset(
+    {"dial", "ratio", "selector", "context_tokens", "max_tokens", "temperature", "cache_gb", "theme", "animations"}
+)
 
 _RULES: Final[dict[str, _Rule]] = {f.name: get_args(f.type)[1] for f in fields(Settings)}
 _MEANINGS: Final[dict[str, str]] = {f.name: get_args(f.type)[2] for f in fields(Settings)}
@@ -154,17 +185,34 @@ _MEANINGS: Final[dict[str, str]] = {f.name: get_args(f.type)[2] for f in fields(
 
 @dataclass(frozen=True)
 class Explained:
-    """One setting for a help page."""
+    """One setting for a help page. choices: all it accepts, as written; empty where they are not countable."""
 
     name: str
     default: object
     allowed: str
     meaning: str
+    choices: tuple[str, ...]
 
 
 def explained() -> list[Explained]:
     """All settings with what they mean and accept, in the order of their declaration."""
-    return [Explained(f.name, f.default, _RULES[f.name].allowed(), _MEANINGS[f.name]) for f in fields(Settings)]
+    return [
+        Explained(f.name, f.default, _RULES[f.name].allowed(), _MEANINGS[f.name], _choices(_RULES[f.name]))
+        for f in fields(Settings)
+    ]
+
+
+def _choices(rule: _Rule) -> tuple[str, ...]:
+    if isinstance(rule, _Choice):
+        return tuple(map(str, rule.values))
+    return ("on", "off") if isinstance(rule, _Switch) else ()
+
+
+def written(value: object) -> str:
+    """A value as a person writes it; nothing for what stands for "nothing was chosen"."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value) if isinstance(value, str | int | float | Path) else ""
 
 
 def load(
@@ -176,11 +224,131 @@ def load(
 
     Raises QuireError for an unreadable file, an unknown name, or a value that is not allowed.
     """
-    file = file or paths.config_dir() / "config.toml"
-    values = _checked(_from_file(file), str(file))
-    values |= _checked(_from_environment(environ), "the environment", lambda name: f"QUIRE_{name.upper()}")
-    values |= _checked(overrides or {}, "the command line")
-    return Settings(**cast(Any, values))
+    return in_force(overrides, environ, file)[0]
+
+
+def in_force(
+    overrides: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] = os.environ,
+    file: Path | None = None,
+) -> tuple[Settings, dict[str, Origin]]:
+    """As load, and where the value of each setting comes from."""
+    file = file or config_file()
+    sources: tuple[tuple[Origin, dict[str, object]], ...] = (
+        ("file", _checked(_from_file(file), f"{file} sets")),
+        ("environment", _checked(_from_environment(environ), "The environment sets", variable)),
+        ("flag", _checked(overrides or {}, "The command line sets")),
+    )
+    values: dict[str, object] = {}
+    origins: dict[str, Origin] = {f.name: "default" for f in fields(Settings)}
+    for origin, some in sources:
+        values |= some
+        origins |= dict.fromkeys(some, origin)
+    return Settings(**cast(Any, values)), origins
+
+
+def config_file() -> Path:
+    return paths.config_dir() / "config.toml"
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return f"QUIRE_{name.upper()}"
+
+
+def differences(old: Settings, new: Settings) -> dict[str, object]:
+    """The settings that are not the same, with their new values."""
+    return {f.name: getattr(new, f.name) for f in fields(Settings) if getattr(old, f.name) != getattr(new, f.name)}
+
+
+def checked(name: str, value: object) -> object:
+    """The value as its type. Raises QuireError, with what would be right, for anything else."""
+    return _checked({name: value}, "You set")[name]
+
+
+def save(changes: Mapping[str, object], file: Path | None = None) -> None:
+    """Writes settings into config.toml, keeping its comments and order; a new one gets a comment that explains it.
+
+    An empty value of `model` and `ratio` means that nothing is chosen, which is said by leaving the line out.
+    Raises QuireError, with the file as it was, for what load would refuse and for a file that cannot be written.
+    """
+    import tomlkit
+
+    file = file or config_file()
+    values = _checked(changes, "You set")
+    _from_file(file)  # an invalid file is named as load names it
+    document = tomlkit.parse(_text(file))
+    for name, value in values.items():
+        if written(value) == "":
+            document.pop(name, None)
+        elif name in document:
+            document[name] = _toml(value)
+        else:
+            if document.body:
+                document.add(tomlkit.nl())
+            document.add(tomlkit.comment(_comment(name)))
+            document.add(name, _toml(value))
+    _write(file, _without_comments_of({n for n, v in values.items() if written(v) == ""}, tomlkit.dumps(document)))
+
+
+def unset(name: str, file: Path | None = None) -> bool:
+    """Takes a setting, or anything else, out of config.toml; False when it was not there. Raises QuireError."""
+    import tomlkit
+
+    file = file or config_file()
+    if name not in _from_file(file):
+        _refuse_unknown(name, "You set")
+        return False
+    document = tomlkit.parse(_text(file))
+    document.remove(name)
+    _write(file, _without_comments_of({name}, tomlkit.dumps(document)))
+    return True
+
+
+def _toml(value: object) -> object:
+    return str(value.absolute()) if isinstance(value, Path) else value  # it is not read from the same folder
+
+
+def _comment(name: str) -> str:
+    return f"{_MEANINGS[name]} ({_RULES[name].allowed()})"
+
+
+def _without_comments_of(names: Collection[str], text: str) -> str:
+    """Without the lines that `save` wrote above these settings."""
+    for name in names & _RULES.keys():
+        text = text.replace(f"# {_comment(name)}\n", "", 1)
+    return f"{text.strip()}\n" if text.strip() else ""
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+
+
+def _write(file: Path, text: str) -> None:
+    """Beside and renamed, so that a crash leaves the old file. A symbolic link goes on pointing where it did."""
+    file = file.resolve()
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd, temporary = tempfile.mkstemp(".tmp", file.stem, file.parent)
+        try:
+            with os.fdopen(fd, "w", encoding="utf-8") as out:
+                out.write(text)
+                out.flush()
+                os.fsync(fd)
+            with suppress(FileNotFoundError):
+                os.chmod(temporary, file.stat().st_mode & 0o777)
+            os.replace(temporary, file)
+        finally:
+            with suppress(FileNotFoundError):  # renamed
+                os.unlink(temporary)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise QuireError(
+            f"{file} cannot be written: {reason}.", "Nothing was changed. Check its permissions."
+        ) from error
 
 
 def _from_file(file: Path) -> dict[str, object]:
@@ -206,18 +374,21 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, object]:
     return {name: environ[variable] for variable, name in names.items() if environ.get(variable)}
 
 
-def _checked(values: Mapping[str, object], source: str, spell: Any = str) -> dict[str, object]:
-    """The values as their types; spell: how this source writes a setting's name."""
-    known = [f.name for f in fields(Settings)]
+def _checked(values: Mapping[str, object], sets: str, spell: Callable[[str], str] = str) -> dict[str, object]:
+    """The values as their types.  sets: who sets them, "The environment sets".  spell: how it writes their names."""
     checked: dict[str, object] = {}
     for name, value in values.items():
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {close[0]}?" if close else f"The settings are: {', '.join(known)}."
-            raise QuireError(f"{source} sets {name}, which is no setting.", hint)
+        _refuse_unknown(name, sets)
         try:
             checked[name] = _RULES[name].read(value)
-        except (ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: ~ without a home directory
-            message = f"{source} sets {spell(name)} to {value!r}, which is not allowed."
+        except (ValueError, KeyError, OverflowError, RuntimeError) as error:  # RuntimeError: ~ without a home directory
+            message = f"{sets} {spell(name)} to {value!r}, which is not allowed."
             raise QuireError(message, f"{spell(name)} is {_RULES[name].allowed()}.") from error
     return checked
+
+
+def _refuse_unknown(name: str, sets: str) -> None:
+    if name not in _RULES:
+        close = difflib.get_close_matches(name, _RULES, n=1)
+        hint = f"Did you mean {close[0]}?" if close else f"The settings are: {', '.join(_RULES)}."
+        raise QuireError(f"{sets} {name}, which is no setting.", hint)

@@ -153,8 +153,33 @@ def walk(root: Path) -> Iterator[Path]:
     if not root.is_dir():
         yield root
         return
+    yield from _walk(root, root)
+
+
+def walk_below(root: Path, path: Path) -> Iterator[Path]:
+    """What walk(root) yields of one path below it: a file, or the files of a folder; nothing where it is left out."""
+    place = root
     inside = os.path.realpath(root) + os.sep
-    pending = [str(root)]
+    for name in path.relative_to(root).parts:
+        try:
+            entry = next(entry for entry in os.scandir(place) if entry.name == name)
+        except (OSError, StopIteration):  # gone meanwhile, or nobody may look
+            return
+        if not _belongs(entry, inside):
+            return
+        place /= name
+    yield from _walk(root, path)
+
+
+def left_out(root: Path, path: Path) -> bool:
+    """Whether its name alone says that walk(root) does not come there. The path need not exist."""
+    names = path.relative_to(root).parts
+    return any(name.startswith(".") for name in names) or not _SKIPPED_FOLDERS.isdisjoint(names[:-1])
+
+
+def _walk(root: Path, start: Path) -> Iterator[Path]:
+    inside = os.path.realpath(root) + os.sep
+    pending = [str(start)]
     while pending:
         path = pending.pop()
         if not os.path.isdir(path) or (os.path.islink(path) and path != str(root)):

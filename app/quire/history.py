@@ -23,7 +23,7 @@ from quire.database import SqliteFile, Wording
 from quire.transcript import ROOT, UNMEASURED, Conversation, Ending, Source, Truth, Turn
 from quire_engine.errors import QuireError
 
-__all__ = ["ROOT", "UNMEASURED", "Conversation", "Ending", "History", "HistoryHit", "Source", "Truth", "Turn"]
+__all__ = ["ROOT", "UNMEASURED", "Conversation", "Ending", "Gone", "History", "HistoryHit", "Source", "Truth", "Turn"]
 
 Found = TypeVar("Found")
 
@@ -37,6 +37,10 @@ _WORDING = Wording(
     if_damaged="Put a backup in its place, or move it elsewhere: Quire then begins a new one.",
     if_unusable="Check free space and permissions. Nothing was deleted.",
 )
+
+
+class Gone(QuireError):
+    """A conversation or a turn does not exist (any more)."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,18 @@ class History(SqliteFile):
                 [transcript.to_stamp(datetime.now(UTC)), turn],
             )
 
+    def take_back(self, turn: int) -> None:
+        """Removes a question that came to nothing, and its conversation when nothing else was asked there.
+
+        The conversation goes on where the question was asked. A turn that another one follows cannot be taken back.
+        """
+        with self._writing():
+            taken = _found(self._turns("id = ?", [turn]), "turn", turn)[0]
+            self._place(taken.conversation, taken.parent, datetime.now(UTC))
+            self._execute("DELETE FROM turns WHERE id = ?", [turn])
+            empty = "NOT EXISTS (SELECT 1 FROM turns WHERE conversation = conversations.id)"
+            self._execute(f"DELETE FROM conversations WHERE id = ? AND {empty}", [taken.conversation])
+
     def set_leaf(self, conversation: int, turn: int) -> None:
         """Makes a turn of the conversation, or ROOT, the place where it goes on."""
         self._change(conversation, "leaf = nullif(?, 0)", turn)
@@ -193,6 +209,11 @@ class History(SqliteFile):
             SELECT ? UNION SELECT parent FROM turns JOIN line USING (id) WHERE parent IS NOT NULL
         ) SELECT id FROM line"""
         return _found(self._turns(f"id IN ({line})", [turn]), "turn", turn)
+
+    def questions(self, limit: int) -> list[str]:
+        """What was asked last in any conversation, each once, the newest last."""
+        rows = self._rows("SELECT question FROM turns GROUP BY question ORDER BY max(id) DESC LIMIT ?", [max(0, limit)])
+        return [question for (question,) in reversed(rows)]
 
     def search(self, words: str, limit: int) -> list[HistoryHit]:
         """Titles and turns that hold all the words, or words that begin so, best first (BM25)."""
@@ -312,7 +333,7 @@ class History(SqliteFile):
 
     def _explanation(self, error: sqlite3.Error | UnicodeEncodeError) -> QuireError:
         if getattr(error, "sqlite_errorname", "") == "SQLITE_CONSTRAINT_FOREIGNKEY":
-            return QuireError("There is no such conversation, or it has no such turn.", _GONE, repr(error))
+            return Gone("There is no such conversation, or it has no such turn.", _GONE, repr(error))
         return super()._explanation(error)
 
 
@@ -326,7 +347,7 @@ def _turn(row: Sequence[Any]) -> Turn:
 def _found(found: Found, what: str, number: object) -> Found:
     """What was found or how many, unless it is none."""
     if not found:
-        raise QuireError(f"There is no {what} {number}.", _GONE)
+        raise Gone(f"There is no {what} {number}.", _GONE)
     return found
 
 

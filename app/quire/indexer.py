@@ -1,45 +1,45 @@
-"""Keeps the index in step with the folders, and the cached KV in step with the index.
+"""Keeps the index in step with the folders.
 
-Knows the order of the work: walk, compare, read, cut, store; then cache what is not cached yet. Does not know
-how a file is read or cut, how the index is stored, or which model runs: the engine is anything with the two
-methods of `CachingEngine`.
+Knows the order of the work: walk, compare, read, cut, store. Does not know how a file is read or cut, how the index
+is stored, which model runs, or what becomes of the passages.
 """
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from quire import chunking
 from quire.chunking import Passage
 from quire.config import Settings
-from quire.documents import Document, Unreadable, markup_of, read_document, walk
-from quire.library import Chunk, Library, StoredDocument
-from quire_engine.errors import Aborted
+from quire.documents import Document, Unreadable, markup_of, read_document, walk, walk_below
+from quire.library import Library, StoredDocument
 
 ChangeKind = Literal["added", "changed", "moved", "removed"]
-
-_BATCH_CHUNKS = 4  # small: between two batches the work can stop
 
 
 @dataclass(frozen=True)
 class Change:
-    """One file that differed from the index. chunks_new: those that the index did not have."""
+    """One file that differed from the index. chunks_new: those that the index did not have; new: their ids, and
+    tokens_new their tokens."""
 
     path: Path
     kind: ChangeKind
     chunks_new: int = 0
     chunks_total: int = 0
+    tokens_new: int = 0
+    new: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that could not be read, why, and what would help."""
+    """A file that could not be read, why, and what would help. lost: it could be read before."""
 
     path: Path
     reason: str
     remedy: str
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def index_roots(
     settings: Settings,
     progress: Callable[[IndexProgress], None],
 ) -> IndexReport:
-    """Brings the index up to date with these folders and files.
+    """Brings the index up to date with these folders and files: what was added, or any path below it.
 
     chunker_signature: names the tokenizer behind count_tokens; documents cut under another one, another chunk
     size or other rules are cut again.
@@ -100,6 +100,7 @@ class _Pass:
         self._count_tokens = count_tokens
         self._tokenizer = tokenizer
         self._settings = settings
+        self._roots = library.roots()
         self._known = {document.path: document for document in library.documents()}
         self._origins: dict[str, list[Path]] = {}  # vanished files by their content
         self._changes: list[Change] = []
@@ -108,8 +109,8 @@ class _Pass:
 
     def run(self, roots: Sequence[Path], progress: Callable[[IndexProgress], None]) -> IndexReport:
         # An unplugged disk is not a deleted folder: of a root that is not there, everything is kept.
-        present = [root for root in roots if os.path.lexists(root)]
-        files = list(dict.fromkeys(file for root in present for file in walk(root)))
+        present = [root for root in roots if os.path.lexists(self._root_of(root))]
+        files = list(dict.fromkeys(file for root in present for file in self._files(root)))
         vanished = self._vanished(present, files)
         for path in vanished:
             self._origins.setdefault(self._known[path].sha256, []).append(path)
@@ -121,20 +122,29 @@ class _Pass:
             known = self._known[path]
             if known.state == "indexed" and path in self._origins[known.sha256]:
                 self._changes.append(Change(path, "removed"))
-        for root in set(roots) - set(present):
+        for root in set(map(self._root_of, set(roots) - set(present))):
             self._skipped.append(Skipped(root, "it is not there", "Restore it, or remove it from Quire."))
         return IndexReport(tuple(self._changes), tuple(self._skipped), self._unchanged)
+
+    def _root_of(self, path: Path) -> Path:
+        """The innermost added folder around a path; the path itself where there is none."""
+        return _innermost(self._roots, path) or path
+
+    def _files(self, path: Path) -> Iterable[Path]:
+        root = self._root_of(path)
+        return walk(root) if path == root else walk_below(root, path)
 
     def _vanished(self, roots: Sequence[Path], files: Sequence[Path]) -> list[Path]:
         """Documents of these roots whose files are gone, as far as one can see."""
         found = set(files)
         closed = [file for file in files if file.is_dir()]  # folders that refuse to be listed
-        elsewhere = [root for root in self._library.roots() if root not in roots]
-        return [
-            path
-            for path in self._known
-            if path not in found and _below(path, roots) and not _below(path, closed + elsewhere)
-        ]
+
+        def was_looked_for(path: Path) -> bool:
+            looked = _innermost(roots, path)
+            root = self._root_of(path)  # perhaps another one inside of what was walked
+            return looked is not None and (root == looked or not root.is_relative_to(looked))
+
+        return [p for p in self._known if p not in found and was_looked_for(p) and not _below(p, closed)]
 
     def _index(self, file: Path) -> None:
         signature = self._signature(file)
@@ -156,28 +166,37 @@ class _Pass:
     def _store(self, file: Path, document: Document, signature: str) -> None:
         known = self._known.get(file)
         passages = self._library.passages_of_content(document.sha256, signature) or self._cut(document)
-        chunks_new = self._library.replace_document(
+        new = self._library.replace_document(
             StoredDocument(file, document.size_bytes, document.mtime_ns, document.sha256, signature), passages
         )
         kind: ChangeKind = "changed" if known and known.state == "indexed" else "added"
         if kind == "added" and self._origins.get(document.sha256):
             self._origins[document.sha256].pop(0)
             kind = "moved"
-        self._changes.append(Change(file, kind, chunks_new, len({p.chunk_id for p in passages})))
+        tokens = {p.chunk_id: p.tokens for p in passages}
+        tokens_new = sum(tokens[chunk] for chunk in new)
+        self._changes.append(Change(file, kind, len(new), len(tokens), tokens_new, new))
 
     def _cut(self, document: Document) -> list[Passage]:
         return chunking.split(document.text, self._count_tokens, self._settings.chunk_tokens, markup=document.markup)
 
     def _skip(self, file: Path, error: Unreadable) -> None:
-        self._skipped.append(Skipped(file, error.reason, error.remedy))
+        known = self._known.get(file)
+        lost = known is not None and known.state == "indexed"
+        self._skipped.append(Skipped(file, error.reason, error.remedy, lost))
         record = StoredDocument(file, 0, 0, "", "", "skipped", error.reason, error.remedy)
-        if record != self._known.get(file) and _storable(file):
+        if record != known and _storable(file):
             self._library.replace_document(record, [])
 
     def _signature(self, file: Path) -> str:
         """Everything besides the content that decides how a file is cut."""
         parts = (self._tokenizer, chunking.VERSION, self._settings.chunk_tokens, markup_of(file))
         return "/".join(map(str, parts))
+
+
+def _innermost(folders: Iterable[Path], path: Path) -> Path | None:
+    """The nearest of the folders around a path."""
+    return max((f for f in folders if path.is_relative_to(f)), key=lambda f: len(f.parts), default=None)
 
 
 def _below(path: Path, folders: Iterable[Path]) -> bool:
@@ -195,52 +214,3 @@ def _same_stamp(file: Path, known: StoredDocument) -> bool:
 def _storable(file: Path) -> bool:
     """Whether SQLite accepts the name: it may hold bytes that are not UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for character in str(file))
-
-
-class CachingEngine(Protocol):
-    """What caching needs of the engine. Passages may come from any documents, in any order."""
-
-    def is_cached(self, passage: str) -> bool: ...
-    def cache(self, passages: Sequence[str], should_stop: Callable[[], bool]) -> None: ...
-
-
-@dataclass(frozen=True)
-class CacheProgress:
-    """How much of the library has its KV on disk, chunks cached before included."""
-
-    done: int
-    total: int
-    tokens_done: int
-    tokens_total: int
-
-
-def cache_pending(
-    chunks: Sequence[Chunk],
-    engine: CachingEngine,
-    progress: Callable[[CacheProgress], None],
-    should_stop: Callable[[], bool],
-) -> CacheProgress:
-    """Has the engine cache what it has not cached yet; returns how far it came.
-
-    Reports at the start and after each batch; stops soon after should_stop says so. Nothing has to be remembered
-    to go on later: the engine is asked what it has.
-    """
-    pending = [chunk for chunk in chunks if not engine.is_cached(chunk.text)]
-    tokens_total = sum(chunk.tokens for chunk in chunks)
-    tokens_cached = tokens_total - sum(chunk.tokens for chunk in pending)
-    state = CacheProgress(len(chunks) - len(pending), len(chunks), tokens_cached, tokens_total)
-    progress(state)
-    for start in range(0, len(pending), _BATCH_CHUNKS):
-        if should_stop():
-            break
-        batch, stopped = pending[start : start + _BATCH_CHUNKS], False
-        try:
-            engine.cache([chunk.text for chunk in batch], should_stop)
-        except Aborted:
-            batch, stopped = [chunk for chunk in batch if engine.is_cached(chunk.text)], True
-        tokens = sum(chunk.tokens for chunk in batch)
-        state = replace(state, done=state.done + len(batch), tokens_done=state.tokens_done + tokens)
-        progress(state)
-        if stopped:
-            break
-    return state

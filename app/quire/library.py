@@ -5,11 +5,14 @@ made again from the files. Text is content-addressed: a chunk is stored once, ho
 Safe for several processes at once; within a process each thread opens a Library of its own.
 """
 
+import json
 import os
 import sqlite3
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -26,6 +29,7 @@ _WORDING = Wording(
     if_unusable="Check free space and permissions. If that does not help, delete it: it is made again.",
 )
 _WEIGHTS = "1.0, 2.0, 2.0"  # of a word in the text, in the heading, in the file name
+_MOST_ARGUMENTS = 500  # of one statement
 _MOST_WORDS = 200  # of a question: a pasted page is found by fewer
 _ENGLISH = """
 a about am an and any are as at be been but by can could did do does for from had has have how i if in into is
@@ -110,6 +114,17 @@ def create_tables(db: Database) -> None:
         db.execute(statement)
 
 
+@_migrations()
+def create_pins_and_addresses(db: Database) -> None:
+    """Version 2. An address is found by tokenizing, which is too slow to do again for a whole library."""
+    db.execute("CREATE TABLE pins (path TEXT PRIMARY KEY)")
+    db.execute(
+        """CREATE TABLE addresses (cache TEXT NOT NULL, chunk TEXT NOT NULL REFERENCES chunks ON DELETE CASCADE,
+            address TEXT NOT NULL, PRIMARY KEY (cache, chunk)) WITHOUT ROWID"""
+    )
+    db.execute("CREATE INDEX addresses_by_chunk ON addresses (chunk)")
+
+
 class Library(SqliteFile):
     """The index in one SQLite file, made when missing. All methods raise QuireError where SQLite fails."""
 
@@ -145,6 +160,9 @@ class Library(SqliteFile):
         gone = [file for file in inside if not any(file.is_relative_to(other) for other in others)]
         with self._writing():
             self._db.execute("DELETE FROM folders WHERE path = ?", [str(root)])
+            for pin in self.pins():
+                if pin.is_relative_to(root) and not any(pin.is_relative_to(other) for other in others):
+                    self._db.execute("DELETE FROM pins WHERE path = ?", [str(pin)])
             self._drop_orphans([chunk for file in gone for chunk in self._remove(file)])
         return len(gone)
 
@@ -152,22 +170,36 @@ class Library(SqliteFile):
         """The folders and files that were added."""
         return [Path(path) for (path,) in self._rows("SELECT path FROM folders ORDER BY path")]
 
+    # Pins
+
+    def pin(self, path: Path) -> None:
+        """What lies at this path, or below it, is worth more than the rest."""
+        with self._writing():
+            self._db.execute("INSERT OR IGNORE INTO pins VALUES (?)", [str(path)])
+
+    def unpin(self, path: Path) -> None:
+        """Takes back one pin; what is pinned above or below it stays so."""
+        with self._writing():
+            self._db.execute("DELETE FROM pins WHERE path = ?", [str(path)])
+
+    def pins(self) -> list[Path]:
+        return [Path(path) for (path,) in self._rows("SELECT path FROM pins ORDER BY path")]
+
     # Documents
 
-    def replace_document(self, document: StoredDocument, passages: Sequence[Passage]) -> int:
-        """Stores a document in place of what its path held; returns how many chunks the index did not have.
+    def replace_document(self, document: StoredDocument, passages: Sequence[Passage]) -> frozenset[str]:
+        """Stores a document in place of what its path held; returns the ids of the chunks that the index did not have.
 
         All or nothing. Chunks that stay are not touched; those that no document holds any more are dropped.
         """
         chunks = {passage.chunk_id: passage for passage in passages}
         with self._writing():
-            before = self._one("SELECT count(*) FROM chunks")
+            new = frozenset(c for c in chunks if not self._rows("SELECT 1 FROM chunks WHERE id = ?", [c]))
             self._many(
                 # Another tokenizer counts other tokens for the same text.
                 "INSERT INTO chunks VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET tokens = excluded.tokens",
                 [(chunk, passage.text, passage.tokens) for chunk, passage in chunks.items()],
             )
-            new_chunks = self._one("SELECT count(*) FROM chunks") - before
             old_chunks = self._remove(document.path)
             row = self._insert_document(document)
             self._many(
@@ -181,7 +213,7 @@ class Library(SqliteFile):
                 [row],
             )
             self._drop_orphans(old_chunks)
-        return new_chunks
+        return new
 
     def restamp(self, path: Path, size_bytes: int, mtime_ns: int) -> None:
         """Notes that a file was touched without being changed."""
@@ -218,25 +250,61 @@ class Library(SqliteFile):
         rows = self._rows("SELECT chunk, text, tokens FROM places ORDER BY path, ordinal")
         return list({row[0]: Chunk(*row) for row in rows}.values())
 
+    def contents(self) -> dict[Path, tuple[str, ...]]:
+        """The ids of the chunks of every indexed document, each once, in order; the documents ordered by path."""
+        found: dict[Path, dict[str, None]] = {}
+        rows = self._rows(
+            "SELECT path, chunk FROM passages JOIN documents ON documents.id = document ORDER BY path, ordinal"
+        )
+        for path, same in groupby(rows, key=itemgetter(0)):
+            found[Path(path)] = dict.fromkeys(chunk for _, chunk in same)
+        return {path: tuple(chunks) for path, chunks in found.items()}
+
+    def tokens(self) -> dict[str, int]:
+        """The length of every chunk, by its id."""
+        return dict(self._rows("SELECT id, tokens FROM chunks"))
+
+    def texts(self, chunks: Sequence[str]) -> dict[str, str]:
+        """The text of these chunks by their ids, as far as they are still there."""
+        found: dict[str, str] = {}
+        for some in batched(chunks, _MOST_ARGUMENTS):
+            marks = ", ".join("?" * len(some))
+            found.update(self._rows(f"SELECT id, text FROM chunks WHERE id IN ({marks})", some))
+        return found
+
+    # Addresses
+
+    def addresses(self, cache: str) -> dict[str, str]:
+        """Where the KV of chunks lies in the cache of this name, by their ids; of those that were noted."""
+        return dict(self._rows("SELECT chunk, address FROM addresses WHERE cache = ?", [cache]))
+
+    def note_addresses(self, cache: str, addresses: Mapping[str, str]) -> None:
+        """Notes addresses by the ids of their chunks; of a chunk that is gone, nothing is noted."""
+        with self._writing():
+            self._many(
+                "INSERT OR REPLACE INTO addresses SELECT ?, id, ? FROM chunks WHERE id = ?",
+                [(cache, address, chunk) for chunk, address in addresses.items()],
+            )
+
     # Search
 
-    def search(self, question: str, limit: int, within: Path | Everywhere = EVERYWHERE) -> list[Hit]:
+    def search(self, question: str, limit: int, within: Path | Sequence[Path] | Everywhere = EVERYWHERE) -> list[Hit]:
         """The chunks that share words with the question, best first (BM25), each once.
 
-        The heading and the file name count too. within: one file, or everything below one folder.
+        The heading and the file name count too. within: files, and folders for everything below them.
         """
         query = _match_expression(question)
         if not query:
             return []
-        scope = "" if isinstance(within, Everywhere) else str(within.expanduser().resolve())
         with self._reading():
             # Ranked without their text: a common word would bring along most of the library.
             rows = self._rows(
                 f"SELECT words.rowid, chunk, bm25(words, {_WEIGHTS}) AS score FROM words"
                 " JOIN passages ON passages.id = words.rowid JOIN documents ON documents.id = document"
-                " WHERE words MATCH ? AND (path = ? OR substr(path, 1, length(?)) = ?)"
+                " WHERE words MATCH ? AND EXISTS"
+                " (SELECT 1 FROM json_each(?) WHERE substr(documents.path || '/', 1, length(value)) = value)"
                 " ORDER BY score, path, ordinal",
-                [query, scope, *[os.path.join(scope, "")] * 2],
+                [query, json.dumps(_scopes(within))],
             )
             best: dict[str, tuple[int, float]] = {}
             for place, chunk, score in rows:
@@ -285,6 +353,21 @@ class Library(SqliteFile):
         if isinstance(error, UnicodeEncodeError):
             return QuireError("A file name is not valid UTF-8.", "Rename the file.", repr(error))
         return super()._explanation(error)
+
+
+def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Groups of `size`, the last one with what is left. (itertools has it from Python 3.12 on.)"""
+    rest = iter(items)
+    while group := list(islice(rest, size)):
+        yield group
+
+
+def _scopes(within: Path | Sequence[Path] | Everywhere) -> list[str]:
+    """What the paths begin with, a slash behind them."""
+    if isinstance(within, Everywhere):
+        return [""]
+    places = [within] if isinstance(within, Path) else within
+    return [os.path.join(place.expanduser().resolve(), "") for place in places]
 
 
 def _match_expression(question: str) -> str:

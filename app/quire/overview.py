@@ -11,7 +11,8 @@ from quire.terminal import printable
 
 @dataclass(frozen=True)
 class Overview:
-    """passages, cached: distinct passages in the library, and how many of them have their KV on disk."""
+    """passages, cached: distinct passages in the library, and how many of them have their KV on disk. disk_bytes: of KV
+    of all models and conversations, limit_bytes its budget (0: none), written_bytes what was ever written."""
 
     roots: tuple[Path, ...]
     documents: int
@@ -20,6 +21,8 @@ class Overview:
     cached: int
     tokens: int
     disk_bytes: int
+    limit_bytes: int
+    written_bytes: int
     model: str
     reuse_off: str
 
@@ -32,7 +35,9 @@ class Overview:
             lines.append("Folder     none yet. Add one: quire add ~/notes")
         lines.append(f"Documents  {self.documents}")
         lines.append(f"Passages   {self.passages} ({self.tokens} tokens), {self.cached} cached")
-        lines.append(f"On disk    {render.size(self.disk_bytes)} of KV")
+        budget = f", of at most {render.size(self.limit_bytes)}" if self.limit_bytes else ""
+        written = f"{render.size(self.written_bytes)} written so far"
+        lines.append(f"On disk    {render.size(self.disk_bytes)} of KV{budget}; {written}")
         lines += [f"Skipped    {render.path_from_here(d.path)}: {d.reason}. {d.remedy}" for d in self.skipped]
         return lines
 
@@ -44,6 +49,8 @@ class Overview:
             "cached": self.cached,
             "tokens": self.tokens,
             "disk_bytes": self.disk_bytes,
+            "limit_bytes": self.limit_bytes,
+            "written_bytes": self.written_bytes,
             "model": self.model,
             "reuse_off": self.reuse_off,
             "skipped": [{"path": str(d.path), "reason": d.reason, "remedy": d.remedy} for d in self.skipped],
@@ -52,16 +59,19 @@ class Overview:
 
 def of(session: Session) -> Overview:
     documents = session.library.documents()
-    chunks = session.library.all_chunks()
-    engine = session.engine
+    engine, shelf = session.engine, session.shelf
+    shelf.refresh()
+    progress, usage = shelf.progress(), shelf.usage()
     return Overview(
         roots=tuple(session.library.roots()),
         documents=sum(document.state == "indexed" for document in documents),
         skipped=tuple(document for document in documents if document.state == "skipped"),
-        passages=len(chunks),
-        cached=sum(engine.is_cached(chunk.text) for chunk in chunks),
-        tokens=sum(chunk.tokens for chunk in chunks),
-        disk_bytes=engine.chunks.store.size_bytes(),
+        passages=progress.total,
+        cached=progress.done,
+        tokens=progress.tokens_total,
+        disk_bytes=usage.disk_bytes,
+        limit_bytes=usage.limit_bytes,
+        written_bytes=usage.total_written_bytes,
         model=engine.model_name,
         reuse_off=engine.known_reuse_off,
     )

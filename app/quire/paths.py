@@ -31,6 +31,11 @@ def config_dir() -> Path:
     return _directory("QUIRE_CONFIG_DIR", _DIRS.user_config_dir)
 
 
+def log_dir() -> Path:
+    """What a crash leaves behind; QUIRE_LOG_DIR overrides."""
+    return _directory("QUIRE_LOG_DIR", _DIRS.user_log_dir)
+
+
 def assets() -> Path | Traversable:
     """Files that ship with Quire: inside the installed package, or at the top of a checkout."""
     packaged = files("quire") / "assets"

@@ -4,11 +4,12 @@ Pure functions from values to text or to what json.dumps takes. All text that ca
 passed `printable`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
-from quire.indexer import ChangeKind, IndexReport
+from quire.config import Origin, Settings, explained, written
+from quire.indexer import Change, ChangeKind, IndexReport
 from quire.library import Hit
 from quire.session import Found
 from quire.terminal import printable
@@ -61,6 +62,27 @@ def index_lines(report: IndexReport) -> list[str]:
     ]
     lines += [f"  skipped {path_from_here(s.path)}: {s.reason}. {s.remedy}" for s in report.skipped]
     return lines
+
+
+def change_line(change: Change) -> str:
+    """report.md changed: 3 of 41 passages, 1,214 tokens read again"""
+    name = printable(change.path.name).replace("\n", " ")
+    match change.kind:
+        case "changed" if not change.chunks_new:
+            return f"{name} changed: nothing is read again"
+        case "changed":
+            return f"{name} changed: {change.chunks_new} of {_read(change)} again"
+        case "added" if change.chunks_new:
+            return f"{name} added: {_read(change)}"
+        case "added" | "moved":
+            return f"{name} {change.kind}: nothing is read again"
+        case "removed":
+            return f"{name} removed"
+
+
+def _read(change: Change) -> str:
+    passages = "1 passage" if change.chunks_total == 1 else f"{change.chunks_total} passages"
+    return f"{passages}, {change.tokens_new:,} tokens read"
 
 
 def forecast_line(forecast: Forecast) -> str:
@@ -132,6 +154,24 @@ def answer_json(text: str, found: Found, forecast: Forecast, answered: Answered,
         "reason": forecast.reason,
         "ending": answered.ending,
         **about,
+    }
+
+
+def settings_lines(settings: Settings, origins: Mapping[str, Origin]) -> list[str]:
+    """threads          2            file         processor threads to compute with; 0: all cores"""
+    values = {s.name: printable(written(getattr(settings, s.name))) or "-" for s in explained()}
+    width = max(map(len, values.values()))
+    return [f"{s.name:<14}  {values[s.name]:<{width}}  {origins[s.name]:<11}  {s.meaning}" for s in explained()]
+
+
+def settings_json(settings: Settings, origins: Mapping[str, Origin]) -> Json:
+    values = {s.name: getattr(settings, s.name) for s in explained()}
+    return {
+        name: {
+            "value": value if isinstance(value, str | int | float) else written(value) or None,
+            "from": origins[name],
+        }
+        for name, value in values.items()
     }
 
 

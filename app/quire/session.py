@@ -10,14 +10,16 @@ from pathlib import Path
 
 from quire import paths
 from quire.config import FromDial, Settings
-from quire.indexer import CacheProgress, IndexProgress, IndexReport, cache_pending, index_roots
+from quire.indexer import IndexProgress, IndexReport, index_roots
 from quire.library import EVERYWHERE, Everywhere, Hit, Library
+from quire.mentions import Mentions, Places
 from quire.model_files import model_file
+from quire.shelf import CacheProgress, Shelf
 from quire_engine.engine import DIALS, Engine, EngineSettings, Request, never
 from quire_engine.errors import QuireError
 from quire_engine.generate import Sampling
 from quire_engine.prompt import Wording
-from quire_engine.types import Event
+from quire_engine.types import Event, Exchange
 
 _MOST_HITS = 40  # more passages than any context holds
 
@@ -30,6 +32,22 @@ class Found:
     search_ms: float
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What a question would take. prompt_tokens: of the room_tokens that the model holds; computed_tokens: of them, the
+    rest is reused.  first_token_ms: 0 while nothing was ever measured.  too_long: the question alone is."""
+
+    prompt_tokens: int
+    computed_tokens: int
+    room_tokens: int
+    first_token_ms: float
+    too_long: bool = False
+
+
+class NothingFound(QuireError):
+    """No passage fits the question's words."""
+
+
 class Session:
     """The library and one model, opened when first needed. Not thread-safe; close it, or use it with `with`."""
 
@@ -37,6 +55,7 @@ class Session:
         self.settings = settings
         self.library = Library(paths.data_dir() / "index.sqlite")
         self._engine: Engine | None = None
+        self._shelf: Shelf | None = None
 
     @property
     def engine(self) -> Engine:
@@ -66,25 +85,80 @@ class Session:
         return index_roots(self.library, roots, engine.count_tokens, engine.tokenizer_id, settings, progress)
 
     def cache(self, progress: Callable[[CacheProgress], None], should_stop: Callable[[], bool]) -> CacheProgress:
-        """Stores the KV of every chunk in the library that is not stored yet."""
-        return cache_pending(self.library.all_chunks(), self.engine, progress, should_stop)
+        """Stores the KV of every chunk in the library that is not stored yet, as far as the disk budget goes."""
+        self.shelf.refresh()
+        return self.shelf.cache(progress, should_stop)
+
+    @property
+    def shelf(self) -> Shelf:
+        """What of the library is cached, and the disk budget."""
+        if self._shelf is None:
+            chunks = self.engine.chunks
+            self._shelf = Shelf(self.library, self.engine, chunks.store, self.engine.turns.store, chunks.preamble.key)
+        self._shelf.limit_bytes = int(self.settings.cache_gb * 1e9)  # settings may change while a session is open
+        return self._shelf
 
     # Questions
 
     def ask(
-        self, question: str, within: Path | Everywhere = EVERYWHERE, should_stop: Callable[[], bool] = never
+        self,
+        question: str,
+        within: Path | Everywhere = EVERYWHERE,
+        should_stop: Callable[[], bool] = never,
+        history: Sequence[Exchange] | None = None,
     ) -> Iterator[Found | Event]:
-        """Yields Found, then the engine's Forecast, Texts and Answered.
+        """Yields Found, then the engine's Forecast, Texts and Answered. Exhaust it.
 
+        history: the conversation before it, perhaps empty; None where no other question follows.
+        The places that the question names (`@notes/tea.md`) outrank `within`; the model reads it without the markup.
         Raises QuireError when nothing was added yet or nothing fits the question's words.
         """
         _ = self.engine  # opening a model is not searching
         began = time.perf_counter()
-        sources = self.find(question, within)
+        asked = self.read(question)
+        sources = self._passages(asked, within, history)
         yield Found(tuple(sources), 1000 * (time.perf_counter() - began))
-        yield from self.engine.answer(self.request(question, sources), should_stop)
+        written_before = self.engine.written_bytes
+        yield from self.engine.answer(self.request(asked.question, sources, self._spoken(history)), should_stop)
+        if self.engine.written_bytes > written_before:
+            self.shelf.trim()
 
-    def find(self, question: str, within: Path | Everywhere = EVERYWHERE) -> list[Hit]:
+    def estimate(self, question: str, history: Sequence[Exchange] | None = None) -> Estimate:
+        """What ask() would take, computing nothing. Of a model that was never used only the tokens are known."""
+        asked = self.read(question)
+        alone = self.engine.count_tokens(asked.question)
+        room = self.engine.shape.context_tokens
+        if alone >= room:
+            return Estimate(alone, alone, room, 0.0, too_long=True)
+        try:
+            sources = self._passages(asked, EVERYWHERE, history)
+        except QuireError:
+            return Estimate(alone, alone, room, 0.0)
+        request = self.request(asked.question, sources, self._spoken(history))
+        if self.engine.known_costs is None:
+            total = len(self.engine.prompt(request).tokens)
+            return Estimate(total, total, room, 0.0)
+        forecast = self.engine.forecast(request)
+        total, new = forecast.context_tokens + alone, forecast.context_tokens - forecast.kept_tokens
+        reused = forecast.kept_tokens + int((new - forecast.missing_tokens) * (1 - forecast.ratio))
+        return Estimate(total, total - reused, room, forecast.first_token_ms)
+
+    def _passages(self, asked: Mentions, within: Path | Everywhere, history: Sequence[Exchange] | None) -> list[Hit]:
+        """What is found; in a conversation that may be nothing."""
+        try:
+            return self.find(asked.question, asked.paths or within)
+        except NothingFound:
+            if history:
+                return []
+            raise
+
+    def _spoken(self, history: Sequence[Exchange] | None) -> tuple[Exchange, ...] | None:
+        """The conversation as the model read it."""
+        if history is None:
+            return None
+        return tuple(replace(e, question=self.read(e.question).question) for e in history)
+
+    def find(self, question: str, within: Path | Sequence[Path] | Everywhere = EVERYWHERE) -> list[Hit]:
         """The passages that fit the context, best first."""
         if not question.strip():
             raise QuireError("There is no question.", 'Type it in quotes: quire ask "What is ...?"')
@@ -92,12 +166,19 @@ class Session:
             raise QuireError("No folder was added yet.", "Add one: quire add ~/notes")
         sources = self._fitting(self.library.search(question, _MOST_HITS, within))
         if not sources:
-            where = "your documents" if isinstance(within, Everywhere) else str(within)
-            raise QuireError(
+            where = "your documents" if isinstance(within, Everywhere) else _listed(within)
+            raise NothingFound(
                 f"Nothing in {where} matches the words of the question.",
                 "Use words that stand in the documents, or see what was read: quire status",
             )
         return sources
+
+    def read(self, question: str) -> Mentions:
+        """The question as the model gets it, and the places that it names."""
+        if "@" not in question:
+            return Mentions(question, ())
+        documents = [document.path for document in self.library.documents() if document.state == "indexed"]
+        return Places(documents, self.library.roots()).read(question)
 
     def _fitting(self, hits: Sequence[Hit]) -> list[Hit]:
         room = min(self.settings.context_tokens, self.engine.limits.context_tokens)
@@ -109,7 +190,7 @@ class Session:
                 room -= tokens
         return fitting
 
-    def request(self, question: str, sources: Sequence[Hit]) -> Request:
+    def request(self, question: str, sources: Sequence[Hit], history: tuple[Exchange, ...] | None = None) -> Request:
         """The engine's request for a question over these passages, by the settings."""
         s = self.settings
         return Request(
@@ -119,4 +200,10 @@ class Session:
             selector=s.selector,
             max_tokens=s.max_tokens,
             sampling=Sampling(s.temperature),
+            history=history or (),
+            keep=history is not None,
         )
+
+
+def _listed(within: Path | Sequence[Path]) -> str:
+    return str(within) if isinstance(within, Path) else ", ".join(map(str, within))

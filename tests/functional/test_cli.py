@@ -186,7 +186,7 @@ def test_adding_says_what_was_read_and_cached(sampled: tuple[Home, Ran]) -> None
 
 def test_status_in_words_and_as_json(sampled: tuple[Home, Ran]) -> None:
     state = sampled[0].status()
-    files = (sampled[0].folder / "cache").rglob("*.kv")
+    files = list((sampled[0].folder / "cache").rglob("*.kv"))
     assert state == {
         "folders": [str(SAMPLE)],
         "documents": 4,
@@ -194,6 +194,8 @@ def test_status_in_words_and_as_json(sampled: tuple[Home, Ran]) -> None:
         "cached": 4,
         "tokens": state["tokens"],
         "disk_bytes": sum(file.stat().st_size for file in files),
+        "limit_bytes": 20_000_000_000,
+        "written_bytes": sum(file.stat().st_size for file in files),
         "model": state["model"],
         "reuse_off": "",
         "skipped": [],
@@ -214,7 +216,7 @@ def test_a_second_process_answers_from_stored_kv(answer: Any) -> None:
     tokens = answer["tokens"]
     assert tokens["reused"] + tokens["recomputed"] == tokens["context"]
     assert tokens["generated"] == 12
-    assert (answer["dial"], answer["selector"], answer["runtime"]) == ("balanced", "probe", "llama.cpp")
+    assert (answer["dial"], answer["selector"], answer["runtime"]) == ("balanced", "3*first+probe", "llama.cpp")
 
 
 def test_the_names_of_an_answer_as_json(answer: Any) -> None:
@@ -261,7 +263,7 @@ def test_ratio_0_recomputes_nothing(home: Home, answer: Any) -> None:
     assert told["tokens"]["reused"] == told["tokens"]["context"] == answer["tokens"]["context"]
 
 
-@pytest.mark.parametrize("selector", ["spectral", "first", "random", "probe", "probe*sensitivity"])
+@pytest.mark.parametrize("selector", ["spectral", "first", "random", "3*first+probe", "probe*sensitivity"])
 def test_every_selector_keeps_to_the_ratio(home: Home, selector: str) -> None:
     told = home.ask("--selector", selector, "--ratio", "0.3", "--max-tokens", "1")
     assert told["selector"] == selector

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +22,15 @@ from textual.widgets import Collapsible, HelpPanel, Markdown
 
 from quire import config
 from quire.chunking import Passage
-from quire.indexer import CacheProgress, Change, IndexProgress, IndexReport
+from quire.indexer import Change, IndexProgress, IndexReport
 from quire.library import Chunk, Hit, StoredDocument
-from quire.session import Found, Session
+from quire.session import Estimate, Found, Session
+from quire.shelf import CacheProgress, Item, Usage
 from quire.tui.app import QuireApp, editor_command
 from quire.tui.library import LibraryScreen
 from quire.tui.widgets import Answer, Preview, Sources, Trouble, closed_length
 from quire_engine.errors import QuireError
-from quire_engine.types import Answered, Event, Forecast, Text, Timings, TokenCounts
+from quire_engine.types import Answered, Event, Exchange, Forecast, Text, Timings, TokenCounts
 
 SAMPLE = Path(__file__).resolve().parents[2] / "assets" / "sample"
 QUESTION = "Who was the engineer of the lighthouse at Grey Point?"
@@ -98,6 +99,42 @@ class FakeEngine:
         return passage in self.cached
 
 
+class FakeShelf:
+    """What of the documents is cached, found out anew each time."""
+
+    def __init__(self, session: "FakeSession") -> None:
+        self._session = session
+        self.cache = session.cache
+        self.pins: tuple[Path, ...] = ()
+
+    def refresh(self, between: Callable[[], None]) -> None:
+        between()
+
+    def settle(self, passages: Iterable[str]) -> None:
+        pass
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        library = self._session.library
+        return tuple(Item(d, tuple(p.chunk_id for p in library.chunks_of(d.path)), False) for d in library.documents())
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        return {chunk.id: chunk.tokens for chunk in self._session.library.all_chunks()}
+
+    @property
+    def waiting(self) -> dict[str, int]:
+        session = self._session
+        return {c.id: c.tokens for c in session.library.all_chunks() if not session.engine.is_cached(c.text)}
+
+    def progress(self) -> CacheProgress:
+        total, left = len(self.tokens), len(self.waiting)
+        return CacheProgress(total - left, total, 100 * (total - left), 100 * total)
+
+    def usage(self) -> Usage:
+        return Usage(0, 0, 0, 0)
+
+
 @dataclass
 class FakeSession:
     """Answers with `pieces`, one every `pause_s`; caches one passage every `cache_s`."""
@@ -113,9 +150,15 @@ class FakeSession:
     engine: FakeEngine = field(default_factory=FakeEngine)
     settings: config.Settings = field(default_factory=config.Settings)
     asked: list[str] = field(default_factory=list)
+    histories: list[tuple[Exchange, ...]] = field(default_factory=list)
+    estimated: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     thread: str = ""
     closed: bool = False
+
+    @property
+    def shelf(self) -> FakeShelf:
+        return FakeShelf(self)
 
     def __enter__(self) -> "FakeSession":
         self.thread = threading.current_thread().name
@@ -145,8 +188,15 @@ class FakeSession:
         progress(state)
         return state
 
-    def ask(self, question: str, should_stop: Callable[[], bool]) -> Iterator[Found | Event]:
+    def estimate(self, question: str, history: Sequence[Exchange]) -> Estimate:
+        self.estimated.append(question)
+        return Estimate(1509, 240, 8192, 900.0)
+
+    def ask(
+        self, question: str, within: object, should_stop: Callable[[], bool], history: Sequence[Exchange]
+    ) -> Iterator[Found | Event]:
         self.asked.append(question)
+        self.histories.append(tuple(history))
         if self.fails:
             raise self.fails
         yield Found(self.hits, 1.0)
@@ -591,7 +641,7 @@ async def test_hostile_text_reaches_the_screen_as_text(tmp_path: Path) -> None:
         await pilot.press("escape", "ctrl+l")
         await until(app, pilot, lambda: isinstance(app.screen, LibraryScreen))
         await pilot.pause(0.1)
-        assert "a [bold]b[/bold].md" in look()
+        assert "a [bold]b[/" in look(), "a folder, by its last slash"
         await pilot.press("escape", "escape")
         assert app.focused is app.chat.prompt
         session.fails = QuireError(f"Message {HOSTILE}", f"Hint {HOSTILE}", f"Details {HOSTILE}")

@@ -1,5 +1,6 @@
 """Settings: defaults, precedence, and refusals that say what would be right."""
 
+import errno
 import stat
 from pathlib import Path
 
@@ -114,3 +115,105 @@ def test_a_directory_that_cannot_be_made_is_explained(tmp_path: Path, monkeypatc
     with pytest.raises(QuireError, match="cannot be used") as caught:
         paths.cache_dir()
     assert "QUIRE_CACHE_DIR" in caught.value.hint
+
+
+# Saving
+
+
+def test_saving_keeps_comments_order_and_the_rest() -> None:
+    text = '# mine\nthreads = 2  # laptop\n\n# exact at work\ndial = "fast"\n'
+    file = write_config(text)
+    config.save({"dial": "exact"})
+    assert file.read_text() == text.replace("fast", "exact")
+    config.save({"max_tokens": "99", "animations": "off"})
+    assert file.read_text().startswith(text.replace("fast", "exact"))
+    assert "\n# longest answer (a whole number from 1 to 100000)\nmax_tokens = 99\n" in file.read_text()
+    settings = load(environ={})
+    assert (settings.dial, settings.max_tokens, settings.animations) == ("exact", 99, False)
+
+
+def test_saving_makes_file_and_directory(tmp_path: Path) -> None:
+    file = tmp_path / "a" / "b" / "config.toml"
+    config.save({"model": "~/m.gguf"}, file)
+    assert load(environ={}, file=file).model == Path.home() / "m.gguf"
+    assert [path.name for path in file.parent.iterdir()] == ["config.toml"]
+
+
+def test_a_relative_path_of_a_model_is_saved_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config.save({"model": "a.gguf"})
+    assert load(environ={}).model == tmp_path / "a.gguf"
+
+
+def test_taking_out_takes_its_own_comment_along() -> None:
+    file = write_config("# mine\nthreads = 2\n")
+    config.save({"dial": "fast", "ratio": 0.5, "model": "a.gguf"})
+    config.save({"ratio": "", "model": ""})
+    assert config.unset("dial")
+    assert file.read_text() == "# mine\nthreads = 2\n"
+    assert not config.unset("dial")
+    assert config.unset("threads")
+    assert load(environ={}) == Settings()
+
+
+def test_a_wrong_key_in_the_file_can_be_taken_out() -> None:
+    write_config("dail = 1\n")
+    with pytest.raises(QuireError):
+        load(environ={})
+    assert config.unset("dail")
+    assert load(environ={}) == Settings()
+    with pytest.raises(QuireError, match="You set dail, which is no setting"):
+        config.unset("dail")
+
+
+@pytest.mark.parametrize(("name", "value"), [("dail", "fast"), ("dial", "quick"), ("animations", "perhaps")])
+def test_what_load_refuses_is_not_saved(name: str, value: str) -> None:
+    file = write_config("threads = 2\n")
+    with pytest.raises(QuireError):
+        config.save({"max_tokens": 5, name: value})
+    assert file.read_text() == "threads = 2\n"
+
+
+def test_an_invalid_file_is_named_and_left_alone() -> None:
+    file = write_config("threads = [\n")
+    with pytest.raises(QuireError, match="not valid TOML"):
+        config.save({"dial": "fast"})
+    assert file.read_text() == "threads = [\n"
+
+
+def test_a_link_to_the_file_stays_one(tmp_path: Path) -> None:
+    real = tmp_path / "dotfiles.toml"
+    real.write_text("threads = 2\n")
+    real.chmod(0o640)
+    (paths.config_dir() / "config.toml").symlink_to(real)
+    config.save({"threads": 3})
+    assert (paths.config_dir() / "config.toml").is_symlink()
+    assert real.read_text() == "threads = 3\n"
+    assert stat.S_IMODE(real.stat().st_mode) == 0o640
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = write_config("threads = 2\n")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(QuireError, match="cannot be written: No space left on device"):
+        config.save({"threads": 3})
+    assert file.read_text() == "threads = 2\n"
+    assert [path.name for path in file.parent.iterdir()] == ["config.toml"]
+
+
+def test_every_value_can_be_written_and_read_again() -> None:
+    for setting in config.explained():
+        for choice in setting.choices or (config.written(setting.default),):
+            config.save({setting.name: choice})
+            assert config.written(getattr(load(environ={}), setting.name)) == choice
+
+
+def test_where_a_value_comes_from() -> None:
+    write_config("threads = 2\nk_bits = 4\n")
+    _, origins = config.in_force({"dial": "fast"}, {"QUIRE_THREADS": "3"})
+    assert [origins[name] for name in ("dial", "threads", "k_bits", "v_bits")] == [
+        "flag", "environment", "file", "default",
+    ]  # fmt: skip

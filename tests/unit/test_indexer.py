@@ -1,15 +1,14 @@
 """Indexing real folders, and caching with an engine that only takes notes."""
 
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from quire.config import Settings
-from quire.indexer import CacheProgress, IndexProgress, IndexReport, cache_pending, index_roots
-from quire.library import Chunk, Library
+from quire.indexer import IndexProgress, IndexReport, index_roots
+from quire.library import Library
 
 SETTINGS = Settings(chunk_tokens=32)
 
@@ -222,48 +221,80 @@ def test_progress_counts_up_to_all_files(folder: Folder) -> None:
     assert [(p.done, p.total, p.path.name) for p in seen] == [(i + 1, 5, f"{i}.md") for i in range(5)]
 
 
-class NotingEngine:
-    """Caches in memory and notes the batches."""
-
-    def __init__(self) -> None:
-        self.cached: set[str] = set()
-        self.batches: list[list[str]] = []
-
-    def is_cached(self, chunk_text: str) -> bool:
-        return chunk_text in self.cached
-
-    def cache(self, texts: Sequence[str], should_stop: Callable[[], bool]) -> None:
-        self.batches.append(list(texts))
-        self.cached.update(texts)
+# Named paths
 
 
-CHUNKS = [Chunk(str(i), f"text {i}", 10) for i in range(10)]
+def index_paths(folder: Folder, *names: str) -> IndexReport:
+    paths = [folder.root / name for name in names]
+    return index_roots(folder.library, paths, folder.count_tokens, "t", SETTINGS, lambda _: None)
 
 
-def test_caching_reports_and_finishes() -> None:
-    engine, seen = NotingEngine(), list[CacheProgress]()
-    last = cache_pending(CHUNKS, engine, seen.append, lambda: False)
-    assert [text for batch in engine.batches for text in batch] == [chunk.text for chunk in CHUNKS]
-    assert len(engine.batches) > 2
-    assert seen[0] == CacheProgress(0, 10, 0, 100)
-    assert seen[-1] == last == CacheProgress(10, 10, 100, 100)
-    assert len(seen) == len(engine.batches) + 1
+def test_only_the_named_paths_are_looked_at(folder: Folder) -> None:
+    for name in ("a.md", "sub/b.md", "sub/deep/c.md", "other/d.md"):
+        folder.write(name, prose(len(name)))
+    folder.index()
+    folder.write("a.md", prose(50))
+    folder.write("sub/deep/c.md", prose(51))
+    folder.write("sub/new.md", prose(52))
+    (folder.root / "other" / "d.md").unlink()
+    report = index_paths(folder, "sub")
+    assert sorted(folder.kinds(report)) == [("c.md", "changed"), ("new.md", "added")]
+    assert report.unchanged == 1
+    assert folder.kinds(index_paths(folder, "a.md")) == [("a.md", "changed")]
+    assert folder.kinds(index_paths(folder, "other/d.md", "never/was.md")) == [("d.md", "removed")]
+    assert folder.index().changes == ()
 
 
-def test_caching_stops_between_batches_and_goes_on_where_it_was() -> None:
-    engine = NotingEngine()
-    stopped = cache_pending(CHUNKS, engine, lambda _: None, lambda: len(engine.batches) == 1)
-    assert 0 < stopped.done < 10
-    assert stopped.tokens_done == 10 * stopped.done
-    finished = cache_pending(CHUNKS, engine, lambda _: None, lambda: False)
-    assert finished.done == 10
-    texts = [text for batch in engine.batches for text in batch]
-    assert len(texts) == len(set(texts)) == 10
+def test_what_a_change_costs(folder: Folder) -> None:
+    folder.write("a.md", prose(1))
+    before = {chunk.id for chunk in (folder.index(), folder.library.all_chunks())[1]}
+    folder.write("a.md", prose(1).replace("Paragraph 1 6", "Changed 1 6"))
+    [change] = index_paths(folder, "a.md").changes
+    new = [chunk for chunk in folder.library.all_chunks() if chunk.id not in before]
+    assert change.new == {chunk.id for chunk in new}
+    assert (change.chunks_new, change.tokens_new) == (len(new), sum(chunk.tokens for chunk in new))
 
 
-def test_nothing_to_cache_asks_nothing_of_the_engine() -> None:
-    engine = NotingEngine()
-    engine.cached = {chunk.text for chunk in CHUNKS}
-    assert cache_pending(CHUNKS, engine, lambda _: None, lambda: False) == CacheProgress(10, 10, 100, 100)
-    assert cache_pending([], engine, lambda _: None, lambda: False) == CacheProgress(0, 0, 0, 0)
-    assert engine.batches == []
+def test_a_renamed_folder_is_found_by_its_two_names(folder: Folder) -> None:
+    folder.write("old/a.md", prose(1))
+    folder.index()
+    (folder.root / "old").rename(folder.root / "new")
+    report = index_paths(folder, "old", "new")
+    assert (folder.kinds(report), report.chunks_new) == ([("a.md", "moved")], 0)
+    assert [document.path for document in folder.library.documents()] == [folder.root / "new" / "a.md"]
+
+
+def test_a_named_path_that_the_walk_leaves_out_stays_out(folder: Folder) -> None:
+    for name in (".git/config", ".hidden.md", "node_modules/x/r.md", "env/pyvenv.cfg", "env/lib/x.py"):
+        folder.write(name, "text")
+    (folder.root / "up").symlink_to(folder.root)
+    folder.write("a.md", "text")
+    names = [".git/config", ".hidden.md", "node_modules/x/r.md", "node_modules", "env", "env/lib/x.py", "up", "up/a.md"]
+    report = index_paths(folder, *names)
+    assert (report.changes, report.skipped) == ((), ())
+
+
+def test_a_named_path_of_a_root_that_is_away_keeps_its_document(folder: Folder) -> None:
+    folder.write("a.md", prose(1))
+    folder.index()
+    folder.root.rename(folder.root.with_name("away"))
+    report = index_paths(folder, "a.md")
+    assert (report.changes, [s.path for s in report.skipped]) == ((), [folder.root])
+
+
+def test_a_named_path_does_not_touch_another_root_inside(folder: Folder) -> None:
+    inner = folder.root / "sub" / ".notes"
+    folder.write("sub/.notes/n.md", prose(3))
+    folder.library.add_root(inner)
+    folder.index()
+    assert index_paths(folder, "sub").changes == ()
+    (inner / "n.md").unlink()
+    assert folder.kinds(index_paths(folder, "sub", "sub/.notes/n.md")) == [("n.md", "removed")]
+
+
+def test_a_document_that_cannot_be_read_any_more_is_lost(folder: Folder) -> None:
+    folder.write("a.md", prose(1))
+    folder.index()
+    folder.write("a.md", "now\0binary")
+    for lost in (True, False):
+        assert [s.lost for s in index_paths(folder, "a.md").skipped] == [lost]

@@ -28,7 +28,7 @@ def document(path: str, content: str = "c", signature: str = "s") -> StoredDocum
     return StoredDocument(Path(path), 10, 20, content, signature)
 
 
-def found(library: Library, question: str, **limits: Path) -> list[str]:
+def found(library: Library, question: str, **limits: Path | list[Path]) -> list[str]:
     return [hit.text for hit in library.search(question, 10, **limits)]
 
 
@@ -47,7 +47,7 @@ def test_what_was_stored_comes_back_after_reopening(tmp_path: Path) -> None:
     stored = document("/d/a.md")
     skipped = StoredDocument(Path("/d/b.pdf"), 0, 0, "", "", "skipped", "not supported yet: .pdf", "Save as text.")
     with Library(tmp_path / "i.sqlite") as library:
-        assert library.replace_document(stored, passages("alpha", "beta", heading="G > W")) == 2
+        assert len(library.replace_document(stored, passages("alpha", "beta", heading="G > W"))) == 2
         library.replace_document(skipped, [])
     with Library(tmp_path / "i.sqlite") as library:
         assert library.documents() == [stored, skipped]
@@ -57,8 +57,8 @@ def test_what_was_stored_comes_back_after_reopening(tmp_path: Path) -> None:
 
 
 def test_the_same_text_in_two_files_is_one_chunk(library: Library) -> None:
-    assert library.replace_document(document("/d/a.md"), passages("shared words", "mine")) == 2
-    assert library.replace_document(document("/d/b.md"), passages("shared words", "yours")) == 1
+    assert len(library.replace_document(document("/d/a.md"), passages("shared words", "mine"))) == 2
+    assert len(library.replace_document(document("/d/b.md"), passages("shared words", "yours"))) == 1
     assert [chunk.text for chunk in library.all_chunks()] == ["shared words", "mine", "yours"]
     hits = library.search("shared", 10)
     assert [(hit.text, hit.path) for hit in hits] == [("shared words", Path("/d/a.md"))]
@@ -69,7 +69,7 @@ def test_the_same_text_in_two_files_is_one_chunk(library: Library) -> None:
 
 def test_replacing_keeps_what_stays_and_drops_what_is_gone(library: Library) -> None:
     library.replace_document(document("/d/a.md"), passages("one", "two", "three"))
-    assert library.replace_document(document("/d/a.md", "new"), passages("one", "deux", "three")) == 1
+    assert len(library.replace_document(document("/d/a.md", "new"), passages("one", "deux", "three"))) == 1
     assert [chunk.text for chunk in library.all_chunks()] == ["one", "deux", "three"]
     assert found(library, "two") == []
     assert found(library, "deux") == ["deux"]
@@ -82,7 +82,7 @@ def test_replacing_keeps_what_stays_and_drops_what_is_gone(library: Library) -> 
 
 
 def test_a_text_may_stand_twice_in_one_document(library: Library) -> None:
-    assert library.replace_document(document("/d/a.md"), passages("x", "y", "x")) == 2
+    assert len(library.replace_document(document("/d/a.md"), passages("x", "y", "x"))) == 2
     assert [passage.text for passage in library.chunks_of(Path("/d/a.md"))] == ["x", "y", "x"]
     assert len(library.all_chunks()) == 2
 
@@ -99,7 +99,7 @@ def test_a_failed_replacement_changes_nothing(library: Library) -> None:
 
 def test_another_tokenizer_updates_the_counts(library: Library) -> None:
     library.replace_document(document("/d/a.md"), [Passage("one", 1, 1, 1, "")])
-    assert library.replace_document(document("/d/a.md", signature="t"), [Passage("one", 7, 1, 1, "")]) == 0
+    assert len(library.replace_document(document("/d/a.md", signature="t"), [Passage("one", 7, 1, 1, "")])) == 0
     assert library.all_chunks()[0].tokens == 7
 
 
@@ -184,6 +184,9 @@ def test_a_search_can_be_limited_to_a_file_or_folder(library: Library) -> None:
     assert found(library, "word", within=Path("/d/%_")) == ["word in /d/%_/e.md"]
     assert len(found(library, "word", within=Path("/"))) == 4
     assert found(library, "word", within=Path("/d/none")) == []
+    both = [Path("/d/a.md"), Path("/d/sub")]
+    assert sorted(found(library, "word", within=both)) == ["word in /d/a.md", "word in /d/sub/b.md"]
+    assert len(found(library, "word", within=[Path(f"/d/{i}") for i in range(3000)] + both)) == 2
 
 
 @pytest.mark.parametrize(
@@ -304,3 +307,36 @@ def test_a_name_that_is_not_utf8_is_an_error_not_a_crash(library: Library) -> No
     with pytest.raises(QuireError, match="UTF-8"):
         library.replace_document(document("/d/caf\udce9.txt"), passages("x"))
     assert library.documents() == []
+
+
+def test_pins_are_kept_and_go_with_their_folder(library: Library, tmp_path: Path) -> None:
+    root = library.add_root(tmp_path)
+    (tmp_path / "sub").mkdir()
+    inner = library.add_root(tmp_path / "sub")
+    for path in (root / "a.md", inner / "b.md", root / "a.md"):
+        library.pin(path)
+    assert library.pins() == [root / "a.md", inner / "b.md"]
+    library.remove_root(root)
+    assert library.pins() == [inner / "b.md"]
+    library.unpin(inner / "b.md")
+    assert library.pins() == []
+
+
+def test_contents_tokens_and_texts(library: Library) -> None:
+    library.replace_document(document("/d/b.md"), passages("two", "one", "two"))
+    library.replace_document(document("/d/a.md"), passages("one"))
+    ids = {chunk.text: chunk.id for chunk in library.all_chunks()}
+    assert library.contents() == {Path("/d/a.md"): (ids["one"],), Path("/d/b.md"): (ids["two"], ids["one"])}
+    assert library.tokens() == {chunk.id: chunk.tokens for chunk in library.all_chunks()}
+    assert library.texts([ids["two"], "gone"]) == {ids["two"]: "two"}
+    assert library.texts([f"{i}" for i in range(40_000)]) == {}
+
+
+def test_addresses_go_with_their_chunks(library: Library) -> None:
+    library.replace_document(document("/d/a.md"), passages("one", "two"))
+    one, two = (chunk.id for chunk in library.all_chunks())
+    library.note_addresses("model", {one: "aa", two: "bb", "gone": "cc"})
+    library.note_addresses("other", {one: "dd"})
+    assert library.addresses("model") == {one: "aa", two: "bb"}
+    library.replace_document(document("/d/a.md", "new"), passages("one"))
+    assert (library.addresses("model"), library.addresses("other")) == ({one: "aa"}, {one: "dd"})

@@ -253,3 +253,30 @@ def test_many_threads_write_and_read_one_key(store: KVStore) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(write_then_read, [*payloads] * 10)) <= set(payloads)
+
+
+def test_what_was_written_is_counted_for_ever_and_by_all(store: KVStore, tmp_path: Path) -> None:
+    assert (store.written_bytes, store.total_written_bytes()) == (0, 0)
+    store.write(KEY, b"x" * 100)
+    store.write(KEY, b"x" * 100)
+    store.remove(KEY)
+    other = KVStore(tmp_path / "cache" / "kv")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: other.write(f"{i:064x}", b"x" * 7), range(100)))
+    assert (store.written_bytes, other.written_bytes) == (200, 700)
+    assert store.total_written_bytes() == other.total_written_bytes() == 900
+    (store.root / "written.json").write_text("damaged, and longer than what will be written")
+    assert store.total_written_bytes() == 0
+    store.write(KEY, b"x" * 5)
+    assert store.total_written_bytes() == 5
+
+
+def test_entries_tell_size_and_last_use(store: KVStore) -> None:
+    store.write(KEY, chunk_bytes(1.0))
+    store.write(OTHER, b"x" * 10)
+    os.utime(next(store.root.rglob(f"{KEY}.kv")), (1000, 1000))
+    entries = {entry.key: entry for entry in store.entries()}
+    assert {key: entry.size_bytes for key, entry in entries.items()} == {KEY: len(chunk_bytes(1.0)), OTHER: 10}
+    assert entries[KEY].used_at == 1000 < entries[OTHER].used_at
+    store.open(KEY).close()
+    assert next(e.used_at for e in store.entries() if e.key == KEY) > time.time() - 100

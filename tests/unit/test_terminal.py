@@ -27,6 +27,9 @@ from quire.terminal import printable
         ("\x1b]0;never ended\nnext line", "]0;never ended\nnext line"),
         ("\x1b", ""),
         ("name\udcff", "name\ufffd"),
+        ("rm\u200b -rf\u2060 \ufeff\u00ad\U000e0041/", "rm -rf /"),
+        ("left\u200e right\u200f\u061c", "left right"),
+        ("👩\u200d💻 نمی\u200cخواهم", "👩\u200d💻 نمی\u200cخواهم"),  # noqa: RUF001
     ],
 )
 def test_what_is_left(text: str, shown: str) -> None:
@@ -41,7 +44,7 @@ _PIECES = st.sampled_from(
 @given(st.lists(_PIECES).map("".join) | st.text())
 def test_nothing_unsafe_survives(text: str) -> None:
     shown = printable(text)
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]", shown)
     assert printable(shown) == shown
     shown.encode("utf-8")
 

@@ -1,4 +1,4 @@
-"""What the screens are made of: an answer with its sources, the prompt, the status line, the preview of a passage.
+"""What the screens are made of: an answer with its sources, the preview of a passage.
 
 Text of documents, file names and models comes through `printable` and is never read as Textual markup; as Markdown
 only the answer is, without HTML and with links that lead nowhere. What needs NumPy (`render`) is imported when the
@@ -8,10 +8,10 @@ first answer comes, which the engine thread has loaded by then.
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from markdown_it import MarkdownIt
-from textual import events, on
+from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
@@ -19,14 +19,16 @@ from textual.content import Content
 from textual.markup import escape
 from textual.message import Message
 from textual.screen import ModalScreen
-from textual.widgets import Collapsible, Markdown, OptionList, Static, TextArea
+from textual.widgets import Collapsible, Markdown, OptionList, Static
 
 from quire.terminal import printable
+from quire.tui.messages import START
 from quire_engine.errors import QuireError
 
 if TYPE_CHECKING:
     from quire.library import Hit
     from quire.session import Found
+    from quire.transcript import Turn as StoredTurn
     from quire.tui.worker import State
     from quire_engine.types import Answered, Forecast
 
@@ -111,11 +113,105 @@ class AnswerText(Vertical):
 # Messages of the conversation
 
 
-class Question(Static):
-    """What was asked."""
+Wish = Literal["edit", "again", "branch", "copy", "older", "newer", "up", "down"]
 
-    def __init__(self, text: str) -> None:
-        super().__init__(Content(printable(text)))
+
+class TurnPart(Vertical, can_focus=True):
+    """A question or an answer, within reach of the keyboard. turn: its number in the history, START: none yet."""
+
+    HELP = """\
+## A question and its answer
+
+`e` edits the question, `r` asks it again, `b` goes on from here: each begins another branch, and what is there stays.
+A question with branches shows **2/3**; **Left** and **Right** show the others. `y` copies.
+**Up** and **Down** go to the next message, **Esc** back to the prompt.
+"""
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("e", "wish('edit')", "Edit"),
+        Binding("r", "wish('again')", "Again"),
+        Binding("b", "wish('branch')", "Branch"),
+        Binding("y", "wish('copy')", "Copy"),
+        Binding("left,left_square_bracket", "wish('older')", "Older branch", show=False),
+        Binding("right,right_square_bracket", "wish('newer')", "Newer branch", show=False),
+        Binding("up", "wish('up')", "Message above", show=False),
+        Binding("down", "wish('down')", "Message below", show=False),
+    ]
+
+    class Wished(Message):
+        """Somebody wants something of a turn."""
+
+        def __init__(self, part: "TurnPart", wish: Wish) -> None:
+            super().__init__()
+            self.part = part
+            self.wish = wish
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = START
+
+    @property
+    def said(self) -> str:
+        """The text, as it came."""
+        raise NotImplementedError
+
+    @property
+    def question(self) -> "Question":
+        """The question of this turn."""
+        raise NotImplementedError
+
+    def action_wish(self, wish: Wish) -> None:
+        self.post_message(self.Wished(self, wish))
+
+
+class Question(TurnPart):
+    """What was asked. after: the turn before it."""
+
+    def __init__(self, text: str, after: int = START) -> None:
+        super().__init__()
+        self.after = after
+        self.branches: tuple[int, ...] = ()
+        self._text = text
+        self._shown = Static(Content(printable(text)))
+
+    def compose(self) -> ComposeResult:
+        yield self._shown
+
+    @property
+    def said(self) -> str:
+        return self._text
+
+    @property
+    def question(self) -> "Question":
+        return self
+
+    def keep(self, turn: int, branches: tuple[int, ...]) -> None:
+        """Its place in the history, as one of these branches."""
+        self.turn, self.branches = turn, branches
+        which = f"  ({branches.index(turn) + 1}/{len(branches)})" if len(branches) > 1 else ""
+        self._shown.update(Content.assemble(printable(self._text), (which, "not bold $text-muted")))
+
+
+class Earlier(Static, can_focus=True):
+    """Stands for turns that were not drawn; Enter draws some of them."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "show", "Show earlier")]
+
+    class Wanted(Message):
+        """Somebody wants to see them."""
+
+        def __init__(self, earlier: "Earlier") -> None:
+            super().__init__()
+            self.earlier = earlier
+
+    def __init__(self, count: int) -> None:
+        super().__init__(Content(f"{count} earlier {'question' if count == 1 else 'questions'}: Enter shows them"))
+        self.count = count
+
+    def action_show(self) -> None:
+        self.post_message(self.Wanted(self))
+
+    def on_click(self) -> None:
+        self.action_show()
 
 
 class Note(Static):
@@ -135,11 +231,12 @@ class Trouble(Static):
         super().__init__(Content.assemble(*parts))
 
 
-class Answer(Vertical):
+class Answer(TurnPart):
     """One answer: what is expected, the text, and when it is complete its sources and what it took."""
 
-    def __init__(self) -> None:
+    def __init__(self, question: Question) -> None:
         super().__init__()
+        self._question = question
         self._expected = Static("Searching ...", markup=False, classes="quiet")
         self.body = AnswerText()
         self._found: Found | None = None
@@ -148,6 +245,14 @@ class Answer(Vertical):
     def compose(self) -> ComposeResult:
         yield self._expected
         yield self.body
+
+    @property
+    def said(self) -> str:
+        return self.body.text
+
+    @property
+    def question(self) -> Question:
+        return self._question
 
     def found(self, found: "Found") -> None:
         self._found = found
@@ -185,6 +290,26 @@ class Answer(Vertical):
         first_ms = answered.timings.first_token_ms
         return max(0.0, self._forecast.full_prefill_ms - first_ms) if first_ms and answered.ratio < 1 else 0.0
 
+    async def restore(self, turn: "StoredTurn") -> None:
+        """Shows an answer as it was. Sources show the text that the model read, whatever their files say now."""
+        from quire.library import Hit
+        from quire.session import Found
+        from quire_engine.types import Answered
+
+        self.turn = turn.id
+        await self.write(turn.answer)
+        truth = turn.truth
+        hits = (Hit("", s.text, 0, s.path, s.start_line, s.end_line, s.heading, s.score) for s in turn.sources)
+        self.found(Found(tuple(hits), truth.search_ms))
+        self.forecast(truth.predicted)
+        if turn.ending != "lost":
+            await self.finish(Answered(truth.tokens, truth.timings, truth.ratio, turn.ending))
+            return
+        await self.break_off()
+        self._expected.update("Quire ended before this was answered." if not turn.answer else "The end is missing.")
+        self._expected.display = True
+        self.move_child(self._expected, after=self.body)
+
 
 def short_truth(forecast: "Forecast", answered: "Answered") -> str:
     """What fits one line: the time of the first word, against full prefill, and where the tokens came from."""
@@ -195,10 +320,12 @@ def short_truth(forecast: "Forecast", answered: "Answered") -> str:
     if first_ms:
         full = f" (full prefill about {render.duration(forecast.full_prefill_ms)})" if answered.ratio < 1 else ""
         parts.append(f"First word {render.duration(first_ms)}{full}")
-    if answered.ratio < 1:
-        parts.append(f"{tokens.reused} tokens reused, {tokens.recomputed + tokens.fresh} computed")
-    else:
+    if reused := tokens.kept + tokens.reused:
+        parts.append(f"{reused} tokens reused, {tokens.recomputed + tokens.fresh} computed")
+    elif tokens.fresh:
         parts.append(f"{tokens.fresh} tokens read in full")
+    if speed := render.speed(answered):
+        parts.append(f"{speed:.0f} tokens/s")
     return " · ".join(parts)
 
 
@@ -212,7 +339,7 @@ class Sources(OptionList):
     """The passages an answer rests on, numbered; Enter shows one, o opens its file."""
 
     HELP = "## Sources\n\nEnter shows the passage, `o` opens its file in your `$EDITOR`."
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("o", "open", "Open in editor")]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("o", "open", "Open")]
 
     class Opened(Message):
         """Somebody wants to see the file of a source."""
@@ -263,75 +390,7 @@ class Preview(ModalScreen[None]):
         self.app.post_message(Sources.Opened(self._hit))
 
 
-# The prompt and the line above it
-
-
-class Prompt(TextArea):
-    """Where questions are typed. Enter sends, Shift+Enter or Ctrl+J starts a new line, Up brings back the last one."""
-
-    HELP = """\
-## The prompt
-
-Type a question about your documents and press Enter. `/add ~/notes` adds a folder or file.
-**Shift+Enter** or **Ctrl+J** starts a new line; **Up** in an empty prompt brings back the last question.
-**Esc** stops an answer and keeps what there is. **Shift+Tab** goes up to its sources, **PageUp** scrolls.
-"""
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "send", "Send", priority=True),
-        Binding("shift+enter,ctrl+j", "newline", "New line", show=False, priority=True),
-    ]
-
-    class Sent(Message):
-        """Somebody pressed Enter."""
-
-        def __init__(self, text: str) -> None:
-            super().__init__()
-            self.text = text
-
-    def __init__(self) -> None:
-        super().__init__(placeholder="Ask your documents", highlight_cursor_line=False, compact=True)
-        self.last = ""
-
-    def action_send(self) -> None:
-        if text := self.text.strip():
-            self.post_message(self.Sent(text))
-
-    def action_newline(self) -> None:
-        self.insert("\n")
-
-    def action_cursor_up(self, select: bool = False) -> None:
-        if not self.text and not select:
-            self.put(self.last)
-        else:
-            super().action_cursor_up(select)
-
-    def put(self, text: str) -> None:
-        """Replaces what is there, with the cursor at its end."""
-        self.text = text
-        self.move_cursor(self.document.end)
-
-    async def _on_paste(self, event: events.Paste) -> None:  # runs before TextArea's own
-        event.text = printable(event.text)
-
-
-class StatusLine(Static):
-    """Folders, what is cached, the model, and the seconds saved so far."""
-
-    def show(self, state: "State", saved_ms: float) -> None:
-        self.update(Content(" · ".join(filter(None, status_parts(state, saved_ms)))))
-
-
-def status_parts(state: "State", saved_ms: float) -> tuple[str, ...]:
-    """The most useful first: what does not fit is cut off."""
-    folders = place(state.roots[0]) if len(state.roots) == 1 else f"{len(state.roots)} folders"
-    cached = f"{state.done}/{state.total} cached" if state.total else ""
-    return (
-        cached if not state.reuse_off else "not cached with this model",
-        activity(state),
-        f"{saved_ms / 1000:.1f} s saved" if saved_ms else "",
-        printable(state.model) or "loading the model",
-        folders if state.roots else "no folder yet",
-    )
+# What goes on, in words
 
 
 def activity(state: "State") -> str:
