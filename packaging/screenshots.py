@@ -1,12 +1,14 @@
-"""Draws docs/images/*.svg: the real application and the bundled model on the sample folder.
+"""Draws the README's pictures, docs/images/*.svg: the real application and the bundled model on the sample folder.
 
     python packaging/screenshots.py
 
-Takes a minute or two and touches nothing of yours: index and cached KV live in a temporary directory.
+Takes a minute or two and touches nothing of yours: home, index, history and cached KV lie in a temporary directory.
 """
 
 import asyncio
 import os
+import re
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,51 +20,49 @@ from textual.widgets import Collapsible
 
 from quire import config
 from quire.tui.app import QuireApp
-from quire.tui.library import LibraryScreen
-from quire.tui.widgets import Sources
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
-QUESTION = "Who was the engineer of the lighthouse at Grey Point?"
-SIZE = (100, 28)
+QUESTIONS = (
+    "In which year was the lighthouse at Grey Point built?",
+    "Who was its engineer?",
+)
+SIZE = (100, 30)
 PATIENCE_S = 600
 
 
 def main() -> None:
-    os.chdir(ROOT / "assets")  # so that paths are short
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in ("DATA", "CACHE", "CONFIG"):
-            os.environ[f"QUIRE_{kind}_DIR"] = str(Path(folder) / kind.lower())
-        asyncio.run(draw())
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["HOME"] = home
+        for kind in ("DATA", "CACHE", "CONFIG", "LOG"):
+            os.environ[f"QUIRE_{kind}_DIR"] = str(Path(home) / kind.lower())
+        notes = shutil.copytree(ROOT / "assets" / "sample", Path(home) / "notes")
+        (notes / "scan.pdf").write_bytes(b"%PDF-1.7 nothing but pictures")
+        os.chdir(home)
+        asyncio.run(draw(notes))
 
 
-async def draw() -> None:
+async def draw(notes: Path) -> None:
     from quire.session import Session
 
     IMAGES.mkdir(parents=True, exist_ok=True)
-    app = QuireApp(lambda: Session(config.load()))
+    app = QuireApp(lambda: Session(config.load()), (notes,))
     async with app.run_test(size=SIZE) as pilot:
         chat = app.chat
-        await until(pilot, lambda: chat.state.doing == "idle")
-        save(app, "welcome")
-        chat.prompt.put("/add sample")
-        await pilot.press("enter", "ctrl+l")
-        await until(pilot, lambda: isinstance(app.screen, LibraryScreen))
-        await until(pilot, lambda: chat.state.doing == "caching")
-        await pilot.press("down")
-        save(app, "library")
-        await pilot.press("escape")
-        await until(pilot, lambda: chat.state.doing == "idle")
-        chat.prompt.put(QUESTION)
-        await pilot.press("enter")
-        await until(pilot, lambda: chat.query(Collapsible))
-        chat.query_one(Collapsible).collapsed = False
-        await pilot.pause(0.5)
+        await until(pilot, lambda: chat.state.doing == "idle" and chat.state.total > 0)
+        for number, question in enumerate(QUESTIONS, 1):
+            chat.prompt.put(question)
+            await pilot.press("enter")
+            await until(pilot, lambda number=number: len(chat.query(Collapsible)) == number)
+        chat.query(Collapsible).last().collapsed = False
+        await pilot.pause(1.0)
         save(app, "chat")
-        chat.query_one(Sources).focus()
-        await pilot.press("enter")
-        await pilot.pause(0.5)
-        save(app, "source")
+        for key, name in (("ctrl+l", "library"), ("ctrl+o", "conversations"), ("f2", "settings"), ("f3", "models")):
+            await pilot.press(key)
+            await pilot.pause(1.5)
+            save(app, name)
+            await pilot.press("escape")
+            await pilot.pause(0.5)
 
 
 async def until(pilot: Pilot[None], true: Callable[[], Any]) -> None:
@@ -74,7 +74,10 @@ async def until(pilot: Pilot[None], true: Callable[[], Any]) -> None:
 
 
 def save(app: QuireApp, name: str) -> None:
-    (IMAGES / f"{name}.svg").write_text(app.export_screenshot(title="Quire"), encoding="utf-8")
+    picture = app.export_screenshot(title="Quire")
+    if leaked := re.search(re.escape(str(ROOT)), picture):
+        raise SystemExit(f"{name} shows a path of this machine: {leaked[0]}")
+    (IMAGES / f"{name}.svg").write_text(picture, encoding="utf-8")
     print(f"docs/images/{name}.svg")
 
 

@@ -111,7 +111,9 @@ def remove(paths: tuple[Path, ...]) -> None:
 
     with _session() as session:
         for path in paths:
-            click.echo(f"Forgot {session.library.remove_root(path)} documents of {render.path_from_here(path)}.")
+            count = session.library.remove_root(path)
+            documents = "1 document" if count == 1 else f"{count:,} documents"
+            click.echo(f"Forgot {documents} of {render.path_from_here(path)}.")
 
 
 @main.command()

@@ -16,7 +16,7 @@ from quire.config import Settings
 from quire.documents import Document, Unreadable, markup_of, read_document, walk, walk_below
 from quire.library import Library, StoredDocument
 
-ChangeKind = Literal["added", "changed", "moved", "removed"]
+ChangeKind = Literal["added", "changed", "cut anew", "moved", "removed"]
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,8 @@ class _Pass:
             StoredDocument(file, document.size_bytes, document.mtime_ns, document.sha256, signature), passages
         )
         kind: ChangeKind = "changed" if known and known.state == "indexed" else "added"
+        if known and kind == "changed" and known.sha256 == document.sha256:
+            kind = "cut anew"  # as another model wants it
         if kind == "added" and self._origins.get(document.sha256):
             self._origins[document.sha256].pop(0)
             kind = "moved"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from quire.session import Session
 
 BUNDLED_NAME = "bundled"
+BUNDLED_TITLE = "SmolLM2 135M Instruct"  # its file calls itself something else
 _WORK_BYTES = 500_000_000  # of memory, beside the model's own: its live context, Python
 _LEFT_TO_OTHERS = 0.25  # of memory
 
@@ -228,7 +229,7 @@ def _on_disk(name: str, path: Path, in_use: bool, entry: Known | None = None, bu
         problem, readable = error.message, False
     return Model(
         name,
-        entry.title if entry else title,
+        entry.title if entry else BUNDLED_TITLE if bundled else title,
         path,
         size,
         True,

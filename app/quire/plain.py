@@ -184,13 +184,16 @@ def _truth(found: Found, forecast: Forecast, answered: Answered) -> str:
     if not first_ms:
         return "Nothing was computed."
     full = f", full prefill would have taken about {render.duration(forecast.full_prefill_ms)}"
+    against = full if render.spared(answered) else ""
+    kept = f"{tokens.kept:,} tokens were kept from before, {tokens.reused:,} reused"
     parts = [
-        f"The first word came after {render.duration(found.search_ms + first_ms)}{full if answered.ratio < 1 else ''}",
-        f"{tokens.reused} tokens were reused, {tokens.recomputed + tokens.fresh} computed",
+        f"The first word came after {render.duration(found.search_ms + first_ms)}{against}",
+        (kept if tokens.kept else f"{tokens.reused:,} tokens were reused")
+        + f", {tokens.recomputed + tokens.fresh:,} computed",
     ]
     if speed := render.speed(answered):
         parts.append(f"{speed:.0f} tokens a second")
-    return ". ".join(parts) + "."
+    return " ".join(filter(None, (". ".join(parts) + ".", render.dropped_line(forecast))))
 
 
 def _say(text: str, end: str = "\n") -> None:

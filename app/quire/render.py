@@ -54,7 +54,8 @@ def index_lines(report: IndexReport) -> list[str]:
     """What one pass over the folders changed, and every file that was skipped with its reason."""
     counts = [f"{report.count(kind)} {kind}" for kind in get_args(ChangeKind) if report.count(kind)]
     counts += [f"{report.unchanged} unchanged"] if report.unchanged else []
-    lines = [f"Indexed: {', '.join(counts) or 'no readable file'}; {report.chunks_new} new passages."]
+    passages = "1 new passage" if report.chunks_new == 1 else f"{report.chunks_new:,} new passages"
+    lines = [f"Indexed: {', '.join(counts) or 'no readable file'}; {passages}."]
     lines += [
         f"  {path_from_here(change.path)} changed: {change.chunks_new} of {change.chunks_total} passages"
         for change in report.changes
@@ -72,6 +73,8 @@ def change_line(change: Change) -> str:
             return f"{name} changed: nothing is read again"
         case "changed":
             return f"{name} changed: {change.chunks_new} of {_read(change)} again"
+        case "cut anew":
+            return f"{name} cut anew: {_read(change)} again"
         case "added" if change.chunks_new:
             return f"{name} added: {_read(change)}"
         case "added" | "moved":
@@ -87,21 +90,26 @@ def _read(change: Change) -> str:
 
 def forecast_line(forecast: Forecast) -> str:
     """What is about to happen."""
-    tokens = f"{forecast.context_tokens} tokens of context"
+    tokens, kept = f"{forecast.context_tokens:,} tokens of context", forecast.kept_tokens
+    tokens += f", {kept:,} of them kept" if kept else ""
     if forecast.missing_tokens and forecast.ratio < 1:
-        tokens += f", {forecast.missing_tokens} of them not cached yet"
+        tokens += f", {forecast.missing_tokens:,} {'' if kept else 'of them '}not cached yet"
     expected = f"first word in about {duration(forecast.first_token_ms)}" if forecast.first_token_ms else ""
     if forecast.ratio >= 1:
-        return "; ".join(part for part in (f"{tokens}, read in full", expected, forecast.reason) if part)
+        in_full = f"{tokens}, {'the rest ' if kept else ''}read in full"
+        return "; ".join(filter(None, (in_full, expected, forecast.reason)))
     return f"{tokens}; {expected}, full prefill about {duration(forecast.full_prefill_ms)}"
 
 
 def truth_line(found: Found, forecast: Forecast, answered: Answered) -> str:
     """What happened: where the tokens came from, what each step took, and what full prefill would have taken."""
     tokens, t = answered.tokens, answered.timings
-    parts = [f"{tokens.reused} tokens reused", f"{tokens.recomputed} recomputed", f"{tokens.fresh} fresh"]
+    parts = [f"{tokens.kept:,} tokens kept", f"{tokens.reused:,} reused"]
+    parts = parts if tokens.kept else [f"{tokens.reused:,} tokens reused"]
+    parts += [f"{tokens.recomputed:,} recomputed", f"{tokens.fresh:,} fresh"]
     steps = {
         "search": found.search_ms,
+        "resume": t.resume_ms,
         "encode": t.encode_ms,
         "load": t.load_ms,
         "probe": t.probe_ms,
@@ -112,9 +120,28 @@ def truth_line(found: Found, forecast: Forecast, answered: Answered) -> str:
     line = f"{', '.join(parts)} (ratio {answered.ratio:.2f}) | {took}"
     if t.first_token_ms:
         line += f" | first word {duration(found.search_ms + t.first_token_ms)}"
-        if answered.ratio < 1:
+        if spared(answered):
             line += f", full prefill about {duration(forecast.full_prefill_ms)}"
     return line + (f" | {speed(answered):.0f} tokens/s" if speed(answered) else "")
+
+
+def spared(answered: Answered) -> bool:
+    """Whether full prefill would have computed more."""
+    return answered.tokens.kept + answered.tokens.reused > 0
+
+
+def saved_ms(forecast: Forecast, answered: Answered) -> float:
+    """By how much the first word came sooner than after full prefill."""
+    first_ms = answered.timings.first_token_ms
+    return max(0.0, forecast.full_prefill_ms - first_ms) if first_ms and spared(answered) else 0.0
+
+
+def dropped_line(forecast: Forecast) -> str:
+    """What had to leave the context; empty when nothing had to."""
+    if not forecast.dropped:
+        return ""
+    passages = "1 passage" if forecast.dropped == 1 else f"{forecast.dropped} passages"
+    return f"The context was full: {passages} of earlier questions made room."
 
 
 def speed(answered: Answered) -> float:
@@ -131,6 +158,7 @@ def answer_json(text: str, found: Found, forecast: Forecast, answered: Answered,
         "sources": sources_json(found.sources),
         "tokens": {
             "context": tokens.context,
+            "kept": tokens.kept,
             "reused": tokens.reused,
             "recomputed": tokens.recomputed,
             "fresh": tokens.fresh,
@@ -138,6 +166,7 @@ def answer_json(text: str, found: Found, forecast: Forecast, answered: Answered,
         },
         "timings": {
             "search_ms": round(found.search_ms, 3),
+            "resume_ms": round(t.resume_ms, 3),
             "encode_ms": round(t.encode_ms, 3),
             "load_ms": round(t.load_ms, 3),
             "probe_ms": round(t.probe_ms, 3),

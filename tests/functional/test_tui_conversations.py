@@ -234,6 +234,30 @@ async def test_asking_again_and_going_on_from_an_earlier_answer() -> None:
 
 
 @on_a_screen
+async def test_what_is_asked_again_is_seen_to_its_end() -> None:
+    session = FakeSession()
+    async with running(session, size=(80, 24)) as (app, pilot):
+
+        async def pressed(key: str, last_word: str) -> None:
+            session.pieces = ["word\n\n" * 30, last_word]
+            await pilot.press(key)
+            await until(
+                app, pilot, lambda: not app.chat._turn and app.chat.query(Answer).last().said.endswith(last_word)
+            )
+            await until(app, pilot, lambda: last_word in shown(app) and "1 source" in shown(app))
+
+        for word in ("one", "two"):
+            app.chat.prompt.put("What?")
+            await pressed("enter", word)
+        await at(app, pilot, Question, 1)
+        await pressed("r", "three")
+        await at(app, pilot, Question, 1)
+        await pilot.press("left")
+        await until(app, pilot, lambda: "(1/2)" in shown(app))
+        await pressed("r", "four")
+
+
+@on_a_screen
 async def test_messages_are_copied_and_walked() -> None:
     session = FakeSession()
     async with running(session) as (app, pilot):

@@ -6,6 +6,7 @@ With a real session, index, store and watcher; the model is a tiny one of random
 import asyncio
 import errno
 import functools
+import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -159,6 +160,8 @@ async def test_new_moved_and_deleted_files(open_app: Open, root: Path) -> None:
         await here.settled()
         read = {row.path.relative_to(root) for row in here.app.chat.state.rows if row.letter != "S"}
         assert read == {Path("job/plan.md"), Path("job/new/idea.md")}
+        shutil.rmtree(root)
+        await here.until(lambda: here.said("is gone. Restore it, or remove it from Quire."))
 
 
 @on_a_screen

@@ -219,9 +219,12 @@ async def test_esc_breaks_off_the_self_check_of_a_new_model(notes: Path, smollm:
     with opened() as session:
         session.index([session.library.add_root(notes)], lambda _: None)
     async with running(opened) as (app, pilot):
-        await pilot.press(*"what water", "enter", "escape")
+        await until(app, pilot, lambda: app.chat.state.doing == "checking")
+        app.chat.prompt.put("what water")
+        await pilot.press("enter", "escape")
         await until(app, pilot, lambda: "Stopped while the model was tried out" in shown(app))
         assert app.chat.prompt.text == "what water", "it comes back"
+        await until(app, pilot, lambda: app.chat.state.doing == "checking")  # caching goes on
 
 
 # What a question would take

@@ -14,7 +14,7 @@ from textual.pilot import Pilot
 from textual.widgets import DataTable, Input, Select, Static
 
 from file_server import FileServer, serving
-from quire import config, model_files, models
+from quire import config, model_files, models, paths
 from quire.session import Session
 from quire.tui.app import QuireApp
 from quire.tui.confirm import Confirm
@@ -210,6 +210,17 @@ async def test_changes_that_overtake_each_other_are_all_kept() -> None:
         settled = app.preferences.settings
         assert (settled.threads, settled.dial) == (1, "fast")
     assert config.load() == settled
+
+
+@on_a_screen
+async def test_a_theme_that_cannot_be_remembered_is_not_kept() -> None:
+    async with running() as (app, pilot):
+        file = paths.config_dir() / "config.toml"
+        file.unlink()
+        file.mkdir()  # so that root cannot write it either
+        app.theme = "nord"
+        await until(app, pilot, lambda: any("cannot be" in said.message for said in app._notifications))
+        assert app.theme == "textual-dark"
 
 
 @on_a_screen

@@ -135,9 +135,9 @@ def test_one_of_two_equal_vanished_files_is_moved_the_other_removed(folder: Fold
 def test_another_tokenizer_or_chunk_size_cuts_again(folder: Folder) -> None:
     folder.write("a.md", prose(1))
     folder.index()
-    assert folder.kinds(folder.index(tokenizer="u")) == [("a.md", "changed")]
+    assert folder.kinds(folder.index(tokenizer="u")) == [("a.md", "cut anew")]
     report = folder.index(replace(SETTINGS, chunk_tokens=64), tokenizer="u")
-    assert folder.kinds(report) == [("a.md", "changed")]
+    assert folder.kinds(report) == [("a.md", "cut anew")]
     assert report.chunks_new > 0
 
 

@@ -244,6 +244,7 @@ class QuireApp(App[None], inherit_bindings=False):
         preferences = self.preferences
         if theme.name in config.THEMES and theme.name != preferences.settings.theme:
             self._try(lambda: preferences.use("theme", theme.name))
+            self._look()  # a theme that cannot be remembered is not kept either
 
     @on(Pulled)
     def _pulled(self, message: Pulled) -> None:

@@ -20,7 +20,7 @@ from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Footer, Static
 
-from quire import models
+from quire import models, paths
 from quire.terminal import printable
 from quire.tui.archive import Archive
 from quire.tui.messages import NO_TURN, START, Changed, Failed, Noted, State, Told, Turn, Weighed
@@ -51,7 +51,7 @@ class ChatScreen(Screen[None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "stop", "Stop"),
-        Binding("ctrl+n", "new", "New chat"),
+        Binding("ctrl+n", "new", "New"),
         Binding("pageup", "page(-1)", "Scroll up", show=False, priority=True),
         Binding("pagedown", "page(1)", "Scroll down", show=False, priority=True),
     ]
@@ -117,6 +117,8 @@ class ChatScreen(Screen[None]):
             self.notify("Esc stops the answer; then Enter sends.", timeout=4)
         elif command == "/add":
             self.worker.add(Path(os.path.expanduser(rest.strip().strip("\"'") or ".")))
+        elif command == "/sample":
+            self.worker.add(Path(str(paths.assets() / "sample")))
         elif command.startswith("/") and command[1:].isalpha():
             self.prompt.give_back(sent.text)
             await self._show(Trouble(QuireError(f"There is no command {command}.", "/add PATH adds a folder or file.")))
@@ -126,6 +128,7 @@ class ChatScreen(Screen[None]):
 
     async def _ask(self, question: str) -> None:
         after = self._detour.after if self._detour else self._leaf
+        self.set_focus(self.prompt)  # a message that leaves would hand the focus on, and the screen would go there
         await self._conversation.query(".beyond").remove()
         self._set_detour(None)
         asked = Question(question, after)
@@ -388,9 +391,10 @@ class Welcome(Static):
                 "\n",
             ]
         elif state.model:
-            parts += ["No folder was added yet. To read the one you are in, type\n\n"]
+            parts += ["No folder was added yet. To read the one you are in, or any other, type\n\n"]
             parts += [(f"    /add {place(Path.cwd())}", "$text-accent"), "\n\n"]
-            parts += ["or any other path. ", ("Ctrl+L", "$text-accent"), " shows folders and what is cached.\n"]
+            parts += [("/sample", "$text-accent"), " reads four short texts to try it with; "]
+            parts += [("Ctrl+L", "$text-accent"), " shows folders and what is cached.\n"]
         if state.bundled:
             parts += [
                 "\nThe model that came along is small: it finds plain facts in short passages and gets much else"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from textual.message import Message
 
 from quire.tui.messages import Edit, LibraryWish, Noted, Row
-from quire_engine.errors import QuireError
+from quire_engine.errors import Aborted, QuireError
 
 if TYPE_CHECKING:
     from quire.indexer import Change, IndexProgress, IndexReport
@@ -137,7 +137,8 @@ class Folders:
         roots = session.library.roots()
         report = self._index(session, sorted(p for p in paths if any(p.is_relative_to(root) for root in roots)))
         lost = [f"{s.path.name} cannot be read any more: {s.reason}." for s in report.skipped if s.lost]
-        self._note([*map(render.change_line, report.changes), *lost])
+        gone = [f"{s.path} is gone. {s.remedy}" for s in report.skipped if s.path in roots]
+        self._note([*map(render.change_line, report.changes), *lost, *gone])
 
     def _index(self, session: "Session", paths: Sequence[Path]) -> "IndexReport":
         self._host.tell(doing="reading", read_done=0, read_total=0, roots=tuple(session.library.roots()))
@@ -219,7 +220,12 @@ class Folders:
         """Caches what waits, until something is more urgent."""
         self._host.tell(doing="caching")
         self.wanted = False  # until it ends without an error, which would come again and again
-        if reason := self._host.reuse_off(session):
+        try:
+            reason = self._host.reuse_off(session)
+        except Aborted:
+            self.wanted = True  # somebody could not wait; it goes on afterwards
+            raise
+        if reason:
             self._host.tell(reuse_off=reason)
             return
         speed = _Speed()

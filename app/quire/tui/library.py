@@ -4,6 +4,7 @@ C cached, Q queued, S skipped, P pinned; the letter says it, the colour only rep
 last said, and says what somebody wants done. Knows nothing of how it is done.
 """
 
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from quire.tui.widgets import activity, place, plain
 
 _COLOURS: dict[Letter, str] = {"C": "green", "Q": "yellow", "S": "red"}
 _ABOUT_WIDTH = 36
+_TOKENS = re.compile(r", [\d,]+ tokens?$")
 _MANY_ROWS = 200  # of so many documents the inner folders are closed at first
 _MOST_EDITS = 3
 _NOWHERE: Final = Path()
@@ -141,7 +143,7 @@ a folder from the library (your files stay), **p** pauses caching.
         before, self._lines = self._lines, list(lines(state.roots, state.rows, self._folded or frozenset(), name_width))
         about_width = (width or self.size.width) - 14 - max((line.cells[2].cell_len for line in self._lines), default=0)
         for line in self._lines:
-            line.cells[3].truncate(about_width, overflow="ellipsis")
+            _fit(line.cells[3], about_width)
         if [line.path for line in before] != [line.path for line in self._lines]:
             self._fill()
             return
@@ -308,6 +310,13 @@ def _counts(row: Row) -> str:
     return f"{cached}{_number(row.passages, 'passage')}, {_number(row.tokens, 'token')}"
 
 
+def _fit(about: Text, width: int) -> None:
+    """Leaves out the tokens where they do not fit: half a number would be another one."""
+    if about.cell_len > width and (tokens := _TOKENS.search(about.plain)):
+        about.right_crop(len(tokens[0]))
+    about.truncate(width, overflow="ellipsis")
+
+
 def _number(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' if count != 1 else ''}"
 
@@ -335,7 +344,8 @@ def progress_line(state: State) -> str:
         return "No folder was added yet. Type /add PATH in the chat."
     doing = activity(state)
     if state.done >= state.total:
-        return doing or f"All {state.total} passages are cached."
+        every = "Everything is cached." if state.total == 1 else f"All {state.total} passages are cached."
+        return doing or (every if state.total else "There is nothing to cache.")
     if state.over_budget and not doing:
         left = state.total - state.done
         return (

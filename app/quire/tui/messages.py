@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Letter = Literal["C", "Q", "S"]  # cached, queued, skipped
 LibraryWish = Literal["pin", "unpin", "recache", "remove"]
-Doing = Literal["starting", "idle", "reading", "caching", "waiting", "paused", "answering"]
+Doing = Literal["starting", "idle", "reading", "caching", "checking", "waiting", "paused", "answering"]
 
 NO_TURN = 0
 START = 0  # before the first question: history.ROOT, and the number of no conversation

@@ -61,7 +61,8 @@ class Prompt(TextArea):
     HELP = """\
 ## The prompt
 
-Type a question about your documents and press Enter. `/add ~/notes` adds a folder or file.
+Type a question about your documents and press Enter. `/add ~/notes` adds a folder or file, `/sample` some
+texts to try it with.
 **@** and some letters offer documents and folders: **Tab** or **Enter** takes one, **Esc** closes the list. A question
 with `@notes/tea.md` or `@notes/` is answered from there alone.
 **Shift+Enter** or **Ctrl+J** starts a new line. **Up** in the first line and **Down** in the last walk through earlier

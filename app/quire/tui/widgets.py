@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from quire.tui.worker import State
     from quire_engine.types import Answered, Forecast
 
+_ENDINGS = {"end": "", "length": "Cut off: too long. ", "stopped": "Stopped. "}
 _TAIL_LINES = 40  # of an open block; drawing all of a long one at every step is what costs
 
 
@@ -279,16 +280,14 @@ class Answer(TurnPart):
         await self.body.finish()
         assert self._found
         assert self._forecast
-        short = short_truth(self._forecast, answered)
-        self._expected.update(f"Stopped. {short}" if answered.ending == "stopped" else short)
+        self._expected.update(_ENDINGS[answered.ending] + short_truth(self._forecast, answered))
         self._expected.display = True
         self.move_child(self._expected, after=self.body)
         full = printable(render.truth_line(self._found, self._forecast, answered))
         reason = printable(self._forecast.reason)
         details = Static(f"{full}\n{reason}".strip().replace(" | ", "\n"), markup=False, classes="quiet")
         await self.mount(Collapsible(Sources(self._found.sources), details, title=_title(self._found.sources)))
-        first_ms = answered.timings.first_token_ms
-        return max(0.0, self._forecast.full_prefill_ms - first_ms) if first_ms and answered.ratio < 1 else 0.0
+        return render.saved_ms(self._forecast, answered)
 
     async def restore(self, turn: "StoredTurn") -> None:
         """Shows an answer as it was. Sources show the text that the model read, whatever their files say now."""
@@ -312,21 +311,21 @@ class Answer(TurnPart):
 
 
 def short_truth(forecast: "Forecast", answered: "Answered") -> str:
-    """What fits one line: the time of the first word, against full prefill, and where the tokens came from."""
+    """The time of the first word, against full prefill, and where the tokens came from; what left the context."""
     from quire import render
 
     tokens, first_ms = answered.tokens, answered.timings.first_token_ms
     parts = []
     if first_ms:
-        full = f" (full prefill about {render.duration(forecast.full_prefill_ms)})" if answered.ratio < 1 else ""
+        full = f" (full prefill about {render.duration(forecast.full_prefill_ms)})" if render.spared(answered) else ""
         parts.append(f"First word {render.duration(first_ms)}{full}")
     if reused := tokens.kept + tokens.reused:
-        parts.append(f"{reused} tokens reused, {tokens.recomputed + tokens.fresh} computed")
+        parts.append(f"{reused:,} tokens reused, {tokens.recomputed + tokens.fresh:,} computed")
     elif tokens.fresh:
-        parts.append(f"{tokens.fresh} tokens read in full")
+        parts.append(f"{tokens.fresh:,} tokens read in full")
     if speed := render.speed(answered):
         parts.append(f"{speed:.0f} tokens/s")
-    return " · ".join(parts)
+    return "\n".join(filter(None, (" · ".join(parts), render.dropped_line(forecast))))
 
 
 def _title(hits: "tuple[Hit, ...]") -> str:
@@ -339,7 +338,7 @@ class Sources(OptionList):
     """The passages an answer rests on, numbered; Enter shows one, o opens its file."""
 
     HELP = "## Sources\n\nEnter shows the passage, `o` opens its file in your `$EDITOR`."
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("o", "open", "Open")]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("o", "open", "Open in editor")]
 
     class Opened(Message):
         """Somebody wants to see the file of a source."""
@@ -400,6 +399,8 @@ def activity(state: "State") -> str:
             return f"reading {state.read_done}/{state.read_total} files" if state.read_total else "reading"
         case "caching":
             return f"caching{', ' + left(state.left_ms) if state.left_ms else ''}"
+        case "checking":
+            return "trying the model out, once"
         case "waiting":
             return "caching waits while you type"
         case "paused":

@@ -211,12 +211,14 @@ class Worker:
             self._post(Priced(settings, _explained(error)))
 
     def _open(self, open_session: "Callable[[], Session]") -> "Session":
+        from quire import models
         from quire.config import BundledModel
 
         session = open_session()
         engine, roots = session.engine, tuple(session.library.roots())
         bundled = isinstance(session.settings.model, BundledModel)
-        self._tell(model=engine.model_name, bundled=bundled, reuse_off=engine.known_reuse_off, roots=roots)
+        name = models.BUNDLED_TITLE if bundled else engine.model_name
+        self._tell(model=name, bundled=bundled, reuse_off=engine.known_reuse_off, roots=roots)
         self._folders.opened(session)
         return session
 
@@ -307,8 +309,13 @@ class Worker:
         def should_stop() -> bool:
             return self._closing.is_set() or any(turn.stop.is_set() for turn in (*answering, *self._turns))
 
-        with session.engine.runtime.abortable(should_stop):
-            return session.engine.reuse_off
+        before = self._state.doing
+        self._tell(doing="checking")
+        try:
+            with session.engine.runtime.abortable(should_stop):
+                return session.engine.reuse_off
+        finally:
+            self._tell(doing=before)
 
     def _yields(self) -> bool:
         """Whether something is more urgent than caching."""
