@@ -405,12 +405,19 @@ def _session(**overrides: Any) -> "Iterator[Session]":
 
 def _cache(session: "Session") -> None:
     from quire import render
+    from quire_engine.errors import Aborted
 
-    if reason := session.engine.reuse_off:
-        click.echo(f"Nothing is cached: {printable(reason)} Questions are answered by full prefill.")
-        return
-    with _interruptible() as stop, _progress("Caching") as bar:
-        done = session.cache(lambda p: bar(p.tokens_done, p.tokens_total), stop.is_set)
+    with _interruptible() as stop:
+        try:
+            reason = session.engine.try_out(stop.is_set)
+        except Aborted:
+            click.echo("Stopped. `quire cache` goes on from here.")
+            sys.exit(_INTERRUPTED)
+        if reason:
+            click.echo(f"Nothing is cached: {printable(reason)} Questions are answered by full prefill.")
+            return
+        with _progress("Caching") as bar:
+            done = session.cache(lambda p: bar(p.tokens_done, p.tokens_total), stop.is_set)
     stored = render.size(session.engine.chunks.store.size_bytes())
     click.echo(f"Cached {done.done} of {done.total} passages ({done.tokens_done} tokens); {stored} on disk.")
     if done.over_budget:

@@ -122,6 +122,13 @@ class Engine:
         """As reuse_off, but never runs the self-check: empty while nothing speaks against reuse."""
         return gguf.why_not_stitchable(self._model) or self._failure(selfcheck.load(self._verdict_file))
 
+    def try_out(self, should_stop: Callable[[], bool]) -> str:
+        """reuse_off, whose self-check raises Aborted soon after should_stop() turns true."""
+        if gguf.why_not_stitchable(self._model) or selfcheck.load(self._verdict_file):
+            return self.reuse_off
+        with self.runtime.abortable(should_stop):
+            return self.reuse_off
+
     def _failure(self, verdict: selfcheck.Verdict | None) -> str:
         failed = verdict is not None and verdict.reason
         return f"{self.model_name} failed its self-check: {failed}." if failed else ""

@@ -224,8 +224,8 @@ def test_the_names_of_an_answer_as_json(answer: Any) -> None:
     promised = {"answer", "sources", "tokens", "timings", "ratio", "selector", "dial", "model", "runtime"}
     promised_ms = {"search_ms", "load_ms", "probe_ms", "recompute_ms", "first_token_ms", "decode_ms"}
     assert set(answer) == promised | {"predicted", "reason", "ending"}
-    assert set(answer["timings"]) == promised_ms | {"encode_ms", "question_ms"}
-    assert set(answer["tokens"]) == {"context", "reused", "recomputed", "fresh", "generated"}
+    assert set(answer["timings"]) == promised_ms | {"encode_ms", "question_ms", "resume_ms"}
+    assert set(answer["tokens"]) == {"context", "kept", "reused", "recomputed", "fresh", "generated"}
     assert [set(source) for source in answer["sources"]] == [{"path", "start_line", "end_line", "score"}]
     assert set(answer["predicted"]) == {"first_token_ms", "full_prefill_ms"}
     numbers = [*answer["timings"].values(), *answer["tokens"].values(), *answer["predicted"].values(), answer["ratio"]]

@@ -617,6 +617,7 @@ async def test_hostile_text_reaches_the_screen_as_text(tmp_path: Path) -> None:
     )
     session.library.added, session.library.stored = [folder], {file: [f"text {HOSTILE}"]}
     session.engine.model_name = f"model {HOSTILE}"
+    session.settings = config.Settings(model=Path("/m.gguf"))  # the bundled one has a name of ours
     seen: list[str] = []
     async with running(session, size=(200, 50)) as (app, pilot):
 
