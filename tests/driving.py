@@ -51,8 +51,8 @@ def shown(app: QuireApp) -> str:
     return "\n".join(strip.text.rstrip() for strip in app.screen._compositor.render_strips())
 
 
-async def until(app: QuireApp, pilot: Pilot[None], true: Callable[[], Any]) -> None:
-    end = time.monotonic() + PATIENCE_S
+async def until(app: QuireApp, pilot: Pilot[None], true: Callable[[], Any], patience_s: float = PATIENCE_S) -> None:
+    end = time.monotonic() + patience_s
     while not true():
         assert time.monotonic() < end, shown(app)
         await pilot.pause(0.02)

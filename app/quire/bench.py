@@ -234,11 +234,7 @@ def _first_token(engine: Engine, request: Request) -> tuple[Answered, str]:
 def followup_table(rows: Sequence[FollowupRow]) -> list[str]:
     lines = [f"{'turn':<9}{'context':>8}{'new':>7}  {'method':<32}{'runs':>5}{'median':>10}{'spread':>18}  speedup"]
     for r in rows:
-        spread = f"{r.lowest_ms:.0f}-{r.highest_ms:.0f}"
-        lines.append(
-            f"{r.turn:<9}{r.context_tokens:>8}{r.new_tokens:>7}  {r.method:<32}{r.runs:>5}"
-            f"{r.median_ms:>7.0f} ms{spread:>15} ms  {r.speedup:.2f}x"
-        )
+        lines.append(f"{r.turn:<9}{r.context_tokens:>8}{r.new_tokens:>7}  {r.method:<32}{_timed(r)}")
     return lines
 
 
@@ -309,12 +305,14 @@ def as_json(rows: Sequence[TtftRow] | Sequence[AnswersRow] | Sequence[FollowupRo
 def ttft_table(rows: Sequence[TtftRow]) -> list[str]:
     lines = [f"{'context':>8}  {'method':<24}{'ratio':>6}  {'from':<7}{'runs':>5}{'median':>10}{'spread':>18}  speedup"]
     for r in rows:
-        spread = f"{r.lowest_ms:.0f}-{r.highest_ms:.0f}"
-        lines.append(
-            f"{r.context_tokens:>8}  {r.method:<24}{r.ratio:>6.2f}  {r.source:<7}{r.runs:>5}"
-            f"{r.median_ms:>7.0f} ms{spread:>15} ms  {r.speedup:.2f}x"
-        )
+        lines.append(f"{r.context_tokens:>8}  {r.method:<24}{r.ratio:>6.2f}  {r.source:<7}{_timed(r)}")
     return lines
+
+
+def _timed(row: TtftRow | FollowupRow) -> str:
+    """The columns that every timed table ends with."""
+    spread = f"{row.lowest_ms:.0f}-{row.highest_ms:.0f}"
+    return f"{row.runs:>5}{row.median_ms:>7.0f} ms{spread:>15} ms  {row.speedup:.2f}x"
 
 
 def answers_table(rows: Sequence[AnswersRow]) -> list[str]:

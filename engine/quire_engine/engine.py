@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from quire_engine import chunks, costs, forecast, generate, gguf, selfcheck, turns
@@ -239,17 +239,18 @@ class Engine:
         """The turns as they stand in the context."""
         exchanges = [*request.history, Exchange(request.passages, request.question, "")]
         room = self.shape.context_tokens - self.limits.answer_tokens - len(self._writer.preamble)
-        standing, dropped = turns.lay_out(exchanges, room, self._size)
+        size = cache(self._size)  # laying out asks for the same ones again and again, and each is tokenized
+        standing, dropped = turns.lay_out(exchanges, room, lambda e: len(self._opening(e, first=False)) + size(e))
         keys = self.turns.keys(standing[:-1], request.ratio >= 1)
-        sizes = [len(self._opening(e, number == 0)) + self._size(e, opening=False) for number, e in enumerate(standing)]
+        sizes = [len(self._opening(e, number == 0)) + size(e) for number, e in enumerate(standing)]
         line = _Line(tuple(map(Turn, standing[:-1], sizes, keys)), standing[-1], sizes[-1], dropped)
         self._check_room(line.tokens)
         return line
 
-    def _size(self, exchange: Exchange, opening: bool = True) -> int:
+    def _size(self, exchange: Exchange) -> int:
+        """Tokens of an exchange without what opens it."""
         passages = sum(map(self.count_tokens, exchange.passages))
-        said = len(self._writer.question(exchange.question)) + len(self._writer.answer(exchange.answer))
-        return passages + said + (len(self._opening(exchange, first=False)) if opening else 0)
+        return passages + len(self._writer.question(exchange.question)) + len(self._writer.answer(exchange.answer))
 
     def _opening(self, exchange: Exchange, first: bool) -> Segment:
         return self.chunks.preamble if first else Segment(self._writer.bridge(bool(exchange.passages)))

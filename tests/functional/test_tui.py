@@ -4,13 +4,11 @@ Most tests use a double of the session that says what it is told to, slowly: the
 real small model. What a test looks for is the text that the screen shows, not the widgets that hold it.
 """
 
-import asyncio
-import functools
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +18,8 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Collapsible, HelpPanel, Markdown
 
+import driving
+from driving import on_a_screen, shown
 from quire import config
 from quire.chunking import Passage
 from quire.indexer import Change, IndexProgress, IndexReport
@@ -41,16 +41,6 @@ TABLE = "| crop | sow |\n|---|---|\n" + "".join(f"| bean {i} | May {i} |\n" for 
 LIST = "".join(f"- item {i} of the list\n" for i in range(60))
 FENCE = "```python\n" + "".join(f"x{i} = {i}\n\n" for i in range(30)) + "```\n"
 LONG = f"# Title\n\nFirst paragraph.\n\n{LIST}\n{TABLE}\n{FENCE}\nLast paragraph."
-
-
-def on_a_screen(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """A test with an event loop of its own."""
-
-    @functools.wraps(test)
-    def run(*fixtures: Any, **named: Any) -> None:
-        asyncio.run(test(*fixtures, **named))
-
-    return run
 
 
 class FakeLibrary:
@@ -230,16 +220,8 @@ async def running(
     assert not app.chat.worker.alive
 
 
-def shown(app: QuireApp) -> str:
-    """What stands on the screen, as text."""
-    return "\n".join(strip.text.rstrip() for strip in app.screen._compositor.render_strips())
-
-
 async def until(app: QuireApp, pilot: Pilot[None], true: Callable[[], Any], patience_s: float = PATIENCE_S) -> None:
-    end = time.monotonic() + patience_s
-    while not true():
-        assert time.monotonic() < end, shown(app)
-        await pilot.pause(0.02)
+    await driving.until(app, pilot, true, patience_s)
 
 
 def rendered(answer: Answer) -> str:

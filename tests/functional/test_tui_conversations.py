@@ -11,14 +11,13 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Collapsible, Input
 
+from driving import on_a_screen, shown
 from functional.test_tui import (
     HOSTILE,
     FakeSession,
     answered,
     ask,
-    on_a_screen,
     running,
-    shown,
     until,
 )
 from quire.conversation import open_history

@@ -3,12 +3,11 @@
 With a real session, index, store and watcher; the model is a tiny one of random weights, whose KV is as real.
 """
 
-import asyncio
 import errno
 import functools
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from textual.pilot import Pilot
 from textual.widgets import DataTable
 from watchdog.observers import Observer
 
+from driving import on_a_screen
 from quire import config, watcher
 from quire.session import Session
 from quire.tui.app import QuireApp
@@ -30,16 +30,6 @@ SMALL = (80, 24)
 LARGE = (200, 60)
 
 Open = Callable[..., QuireApp]
-
-
-def on_a_screen(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """A test with an event loop of its own."""
-
-    @functools.wraps(test)
-    def run(*fixtures: Any, **named: Any) -> None:
-        asyncio.run(test(*fixtures, **named))
-
-    return run
 
 
 class Running:

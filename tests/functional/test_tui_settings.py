@@ -1,18 +1,17 @@
 """The settings and models screens: real sessions on generated models, fetching from a web server on this machine."""
 
-import asyncio
 import functools
 import os
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from textual.pilot import Pilot
 from textual.widgets import DataTable, Input, Select, Static
 
+import driving
+from driving import on_a_screen, shown
 from file_server import FileServer, serving
 from quire import config, model_files, models, paths
 from quire.session import Session
@@ -23,17 +22,8 @@ from quire.tui.settings import SettingRow, SettingsScreen
 from tiny_gguf import write_tiny_gguf
 
 PATIENCE_S = 60.0
+until = functools.partial(driving.until, patience_s=PATIENCE_S)
 NOTES = "".join(f"# Heading {i}\n\nThe barrel number {i} holds {i} litres of rain.\n\n" for i in range(20))
-
-
-def on_a_screen(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """A test with an event loop of its own."""
-
-    @functools.wraps(test)
-    def run(*fixtures: Any, **named: Any) -> None:
-        asyncio.run(test(*fixtures, **named))
-
-    return run
 
 
 @pytest.fixture(autouse=True)
@@ -53,18 +43,6 @@ async def running(
         yield app, pilot
     assert not app.chat.worker.alive
     assert not app.puller.running
-
-
-def shown(app: QuireApp) -> str:
-    """What stands on the screen, as text."""
-    return "\n".join(strip.text.rstrip() for strip in app.screen._compositor.render_strips())
-
-
-async def until(app: QuireApp, pilot: Pilot[None], true: Callable[[], Any]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < end, shown(app)
-        await pilot.pause(0.02)
 
 
 async def settings(app: QuireApp, pilot: Pilot[None]) -> SettingsScreen:

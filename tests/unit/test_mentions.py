@@ -6,7 +6,7 @@ import pytest
 
 from quire.mentions import Places, Unfinished, unfinished
 
-NOTES, WORK = Path("/home/eva/notes"), Path("/srv/work")
+NOTES, WORK = Path("/home/eva/notes"), Path("/srv/office")
 TEA, COFFEE, PLAN = NOTES / "hot/tea.md", NOTES / "hot/Coffee beans.md", WORK / "plan.md"
 OTHER_TEA = WORK / "drinks/tea.md"
 PLACES = Places([TEA, COFFEE, PLAN, OTHER_TEA], [NOTES, WORK])
@@ -23,7 +23,7 @@ PLACES = Places([TEA, COFFEE, PLAN, OTHER_TEA], [NOTES, WORK])
         ("@HOT/TEA.MD", "HOT/TEA.MD", (TEA,)),
         ("@tea.md", "tea.md", (TEA, OTHER_TEA)),
         ("@notes/hot/tea.md", "notes/hot/tea.md", (TEA,)),
-        ("@/srv/work/plan.md", "/srv/work/plan.md", (PLAN,)),
+        ("@/srv/office/plan.md", "/srv/office/plan.md", (PLAN,)),
         ('ask @"coffee beans.md" and @"notes/"!', "ask coffee beans.md and notes/!", (COFFEE, NOTES)),
         ("@plan.md and @plan.md", "plan.md and plan.md", (PLAN,)),
         ("write to eva@plan.md", "write to eva@plan.md", ()),
