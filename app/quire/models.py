@@ -6,28 +6,34 @@ asks the engine, which it imports late, because the welcome names the recommende
 
 import difflib
 import os
+import shutil
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from quire import download, model_files, paths
+from quire import model_files, paths
 from quire.config import BUNDLED, BundledModel, Settings
-from quire.download import Fetching
 from quire.terminal import printable
 from quire_engine.errors import ModelError, QuireError
 
 if TYPE_CHECKING:
+    from quire.download import Fetching
+    from quire.library import Library
     from quire.render import Json
     from quire.session import Session
+    from quire_engine.engine import Engine
+    from quire_engine.kv.store import KVStore
 
 BUNDLED_NAME = "bundled"
 BUNDLED_TITLE = "SmolLM2 135M Instruct"  # its file calls itself something else
 _WORK_BYTES = 500_000_000  # of memory, beside the model's own: its live context, Python
 _LEFT_TO_OTHERS = 0.25  # of memory
+_LOOKED_AT = 50
 
 
 @dataclass(frozen=True)
@@ -276,6 +282,8 @@ class Fetchable:
 
 def fetchable(source: str) -> Fetchable:
     """What NAME, https://... or organisation/repository/file.gguf means. Raises QuireError."""
+    from quire import download
+
     source = source.strip()
     for model in known():
         source = model.source if source == model.name else source
@@ -296,12 +304,25 @@ def fetchable(source: str) -> Fetchable:
     return Fetchable(address, model_files.models_dir() / name)
 
 
-def pull(source: str, progress: Callable[[Fetching], None], should_stop: Callable[[], bool], sha256: str = "") -> Path:
+def pull(
+    source: str, progress: "Callable[[Fetching], None]", should_stop: Callable[[], bool], sha256: str = ""
+) -> Path:
     """Fetches a model; goes on where an earlier try stopped. Raises QuireError, and Aborted when stopped."""
+    from quire import download
+
     wanted = fetchable(source)
     if not wanted.path.exists():
         download.fetch(wanted.address, wanted.path, progress, should_stop, sha256)
     return wanted.path
+
+
+def offer(model: "Model | Known") -> str:
+    """Fetch Qwen3 4B Instruct 2507? It takes 2.5 GB; 31.0 GB are free."""
+    from quire.render import size
+
+    free = shutil.disk_usage(model_files.models_dir()).free
+    room = f"{'' if free > model.size_bytes else 'only '}{size(free)} are free"
+    return f"Fetch {printable(model.title)}? It takes {size(model.size_bytes)}; {room}."
 
 
 def remove(model: Model) -> None:
@@ -324,7 +345,7 @@ def price(session: "Session", wanted: Settings) -> Price:
     from quire.session import Session
 
     with Session(wanted) as other:
-        there, chunks = other.engine, session.library.all_chunks()
+        there = other.engine
         try:
             here = session.engine
         except ModelError:  # it is gone, which is why another one is wanted
@@ -332,11 +353,36 @@ def price(session: "Session", wanted: Settings) -> Price:
         unused = here.chunks.store.size_bytes() if here is not there else 0
         if there.known_reuse_off:
             return Price(unused, 0, 0.0, there.known_reuse_off)
-        if here.limits.chunk_tokens == there.limits.chunk_tokens:  # otherwise all are cut anew
-            chunks = [chunk for chunk in chunks if not there.is_cached(chunk.text)]
-        lengths, slower = [chunk.tokens for chunk in chunks], 1.0
+        lengths, slower = _missing(session.library, here, there), 1.0
         costs = there.known_costs
         if costs is None and (costs := here.known_costs):  # roughly: work grows with the size of the weights
             slower = there.model_file.stat().st_size / here.model_file.stat().st_size
         ms = costs.stitched(0, 0, 0.0, lengths, len(there.chunks.preamble), False)["encode"] if costs else 0.0
         return Price(unused, sum(lengths), slower * ms)
+
+
+def _missing(library: "Library", here: "Engine", there: "Engine") -> list[int]:
+    """The lengths of the passages that would have to be cached.
+
+    Where they would be cut anew they are not known yet: as many tokens as the library has, less those that lie there
+    and belong to no passage of now, as after a switch to and fro.
+    """
+    tokens, store = library.tokens(), there.chunks.store
+    known, stored = library.addresses(store.root.name), set(store.keys())
+    if here.limits.chunk_tokens == there.limits.chunk_tokens:
+        unknown = [chunk for chunk in tokens if chunk not in known]
+        known |= {chunk: there.address(text) for chunk, text in library.texts(unknown).items()}
+        return [length for chunk, length in tokens.items() if known.get(chunk) not in stored]
+    others = sorted(stored - {*known.values(), there.chunks.preamble.key})
+    left = max(0, sum(tokens.values()) - _tokens_of(store, others))
+    whole, rest = divmod(left, there.limits.chunk_tokens)
+    return [there.limits.chunk_tokens] * whole + [rest] * bool(rest)
+
+
+def _tokens_of(store: "KVStore", keys: list[str]) -> int:
+    """How many tokens these stored passages have, from a look at some."""
+    lengths = []
+    for key in keys[:: max(1, len(keys) // _LOOKED_AT)]:
+        with suppress(QuireError), store.open(key) as chunk:
+            lengths.append(chunk.header.tokens)
+    return round(len(keys) * sum(lengths) / len(lengths)) if lengths else 0

@@ -122,7 +122,8 @@ def truth_line(found: Found, forecast: Forecast, answered: Answered) -> str:
         line += f" | first word {duration(found.search_ms + t.first_token_ms)}"
         if spared(answered):
             line += f", full prefill about {duration(forecast.full_prefill_ms)}"
-    return line + (f" | {speed(answered):.0f} tokens/s" if speed(answered) else "")
+    against = f" | {saved}" if tokens.kept and (saved := saved_line(forecast, answered)) else ""
+    return line + against + (f" | {speed(answered):.0f} tokens/s" if speed(answered) else "")
 
 
 def spared(answered: Answered) -> bool:
@@ -131,9 +132,20 @@ def spared(answered: Answered) -> bool:
 
 
 def saved_ms(forecast: Forecast, answered: Answered) -> float:
-    """By how much the first word came sooner than after full prefill."""
+    """By how much the first word came sooner than after full prefill of everything, earlier turns included."""
     first_ms = answered.timings.first_token_ms
     return max(0.0, forecast.full_prefill_ms - first_ms) if first_ms and spared(answered) else 0.0
+
+
+def saved_line(forecast: Forecast, answered: Answered) -> str:
+    """How much of that comes from earlier turns, which others keep too, and how much from stored passages."""
+    if not (saved := saved_ms(forecast, answered)):
+        return ""
+    tokens = answered.tokens
+    prompt = tokens.kept + tokens.reused + tokens.recomputed + tokens.fresh
+    turns = min(saved, forecast.full_prefill_ms * tokens.kept / max(1, prompt))
+    split = f"{duration(turns)} by kept turns, {duration(saved - turns)} by stored passages"
+    return f"saved about {duration(saved)}: {split}"
 
 
 def dropped_line(forecast: Forecast) -> str:

@@ -2,7 +2,8 @@
 
 A save is often several events: a temporary file, a rename, a backup. So paths are collected until nothing more came
 for a moment, then handed over together. A folder that cannot be watched (too many watches, a network mount, not there)
-is said so of, once, and is to be looked through as a whole now and then instead.
+is said so of, once, and is to be looked through as a whole now and then instead. One that is renamed, removed or put
+back while it is watched is handed over itself, within seconds.
 
 Knows which names are never looked at; knows nothing of what the files say or what becomes of them.
 """
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Event, Lock, Thread
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from watchdog.events import (
     EVENT_TYPE_CLOSED_NO_WRITE,
@@ -32,20 +33,24 @@ from quire.documents import left_out
 _SETTLED_SECONDS = 0.7
 _LATEST_SECONDS = 5.0  # a file that is written to all the time does not hold up the others for longer
 _RESCAN_SECONDS = 60.0
+_GLANCE_SECONDS = 3.0  # no event tells that a watched folder itself was renamed
 _JOIN_SECONDS = 2.0
 _MOST_PATHS = 500  # of so many at once some may have been missed: the whole folder is looked through
 _READING = {EVENT_TYPE_OPENED, EVENT_TYPE_CLOSED_NO_WRITE}  # ours, for example
 # What other machines change there is not noticed here.
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs", "fuse.rclone", "fuse.s3fs"}
+_NOWHERE = (0, 0)  # the identity of what is not there
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How long to wait, in seconds: until changes have settled; between two looks at what cannot be watched."""
+    """How long to wait, in seconds: until changes have settled; between two looks at what cannot be watched; between
+    two glances whether what is watched is still there."""
 
     settled: float = _SETTLED_SECONDS
     rescan: float = _RESCAN_SECONDS
+    glance: float = _GLANCE_SECONDS
 
 
 class Watcher:
@@ -120,17 +125,21 @@ class Watcher:
 
     def _run(self) -> None:
         rescan_at = time.monotonic() + self._pace.rescan
+        glance = min(self._pace.glance, self._pace.rescan)
+        glance_at = time.monotonic() + glance
         while not self._closing.is_set():
             with self._news:
                 now = time.monotonic()
                 if not self._closing.is_set():
-                    self._news.wait(max(0.0, min(rescan_at, self._settled_at(now)) - now))
+                    self._news.wait(max(0.0, min(glance_at, self._settled_at(now)) - now))
                 settled = self._take() if self._settled_at(time.monotonic()) <= time.monotonic() else frozenset()
             if settled and not self._closing.is_set():
                 self._changed(settled)
-            if time.monotonic() >= rescan_at and not self._closing.is_set():
-                self._rescan()
-                rescan_at = time.monotonic() + self._pace.rescan
+            if time.monotonic() >= glance_at and not self._closing.is_set():
+                rescans = time.monotonic() >= rescan_at
+                self._look(rescans)
+                glance_at = time.monotonic() + glance
+                rescan_at = time.monotonic() + self._pace.rescan if rescans else rescan_at
 
     def _settled_at(self, now: float) -> float:
         if not self._collected:
@@ -141,10 +150,11 @@ class Watcher:
         taken, self._collected, self._first_at = frozenset(self._collected), set(), 0.0
         return taken
 
-    def _rescan(self) -> None:
-        """What cannot be watched is looked through, or is watched from now on."""
+    def _look(self, rescans: bool) -> None:
+        """What went away or came back is handed over; when it is time, also what cannot be watched."""
         with self._changing_roots:
-            look = frozenset(path for path, root in self._roots.items() if root.needs_look())
+            needs = {path: root.needs_look() for path, root in self._roots.items()}
+            look = frozenset(path for path, need in needs.items() if need == "changed" or (rescans and need))
         if look:
             self._changed(look)
 
@@ -157,15 +167,15 @@ class _Root:
         self._observer = observer
         self._handler = _Handler(path, collect)
         self._watch: ObservedWatch | None = None
-        self._identity = (0, 0)  # of the folder for which watching was tried
+        self._identity = _NOWHERE  # of the folder for which watching was tried
 
     def start(self) -> str:
         """Why it cannot be watched; empty when it is."""
-        if kind := network_mount(self._path):
-            return f"it lies on a network ({kind})"
         try:
             folder = self._folder()
             self._identity = _identity(folder)
+            if kind := network_mount(self._path):
+                return f"it lies on a network ({kind})"
             self._watch = self._observer.schedule(self._handler, str(folder), recursive=folder == self._path)
         except OSError as error:
             return (error.strerror or str(error)).lower()
@@ -180,19 +190,20 @@ class _Root:
                 self._observer.unschedule(self._watch)
         self._watch = None
 
-    def needs_look(self) -> bool:
-        """Whether something may have been missed: it is there, and was not watched until now."""
+    def needs_look(self) -> Literal["", "unwatched", "changed"]:
+        """Whether something may have been missed: it went away or came back, or it is not watched."""
+        was_there = self._identity != _NOWHERE
         try:
             same = _identity(self._folder()) == self._identity
         except OSError:
             self.stop()
-            self._identity = (0, 0)
-            return False
+            self._identity = _NOWHERE
+            return "changed" if was_there else ""
         if same:  # then trying again would fail again, and each failure costs watches (watchdog 6 keeps them)
-            return self._watch is None
+            return "" if self._watch else "unwatched"
         self.stop()
         self.start()
-        return True
+        return "changed"
 
     def _folder(self) -> Path:
         """What is watched. A file is replaced by most editors, so its folder is."""

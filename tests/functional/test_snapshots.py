@@ -1,21 +1,26 @@
 """What every screen looks like, against pictures that somebody has looked at.
 
-Each screen stands in two sizes, each with a theme of its own, over one made-up world: no engine thread runs, what it
-would say is said by the tests. After a change that is meant: `pytest tests/functional/test_snapshots.py
---snapshot-update`, and look at the new pictures.
+Each screen stands in two sizes and two themes over one made-up world: no engine thread runs, what it would say is said
+by the tests. A picture is the text of the screen and the style of every cell: it can be read in a diff, and is a tenth
+of an SVG. A test that fails says where it drew them as SVG. After a change that is meant:
+`QUIRE_UPDATE_PICTURES=1 pytest tests/functional/test_snapshots.py`, and look at what changed.
 """
 
+import difflib
+import os
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime, tzinfo
+from itertools import groupby
 from pathlib import Path
 from typing import Self
 
 import pytest
 from textual.pilot import Pilot
+from textual.strip import Strip
 from textual.widgets import Collapsible, DataTable, Input, Select, TextArea
 
-from driving import until
+from driving import on_a_screen, until
 from quire import config, history, model_files, models
 from quire.conversation import Kept, open_history
 from quire.history import ROOT, Source
@@ -31,18 +36,17 @@ from quire.tui.library import LibraryScreen
 from quire.tui.messages import Edit, Failed, Priced, Row, State, Told, Weighed
 from quire.tui.models import ModelsScreen
 from quire.tui.settings import SettingsScreen
-from quire.tui.widgets import Answer, Preview, Question, Sources
+from quire.tui.sources import Preview, Sources
+from quire.tui.widgets import Answer, Question
 from quire.tui.worker import Worker
 from quire_engine.errors import QuireError
 from quire_engine.types import Answered, Forecast, Timings, TokenCounts
 
-Compare = Callable[..., bool]
 Arrange = Callable[[QuireApp, Pilot[None]], Awaitable[None]]
 
-LOOKS = [
-    pytest.param((80, 24), "textual-dark", id="80x24-dark"),
-    pytest.param((200, 60), "high-contrast", id="200x60-high-contrast"),
-]
+SIZES = ((80, 24), (200, 60))
+THEMES = ("textual-dark", config.HIGH_CONTRAST)
+PICTURES = Path(__file__).parent / "pictures"
 GB, MB = 10**9, 10**6
 QUESTION = "How long does green tea steep, and when does the boiler need service?"
 ANSWER = """\
@@ -306,9 +310,9 @@ async def settings(app: QuireApp, pilot: Pilot[None]) -> None:
     screen.row("chunk_tokens").edit()
     screen.row("chunk_tokens").query_one(Input).value = "many"
     await pilot.press("enter")
-    screen.row("k_bits").edit()
+    screen.row("precision").edit()
     await pilot.pause()
-    screen.row("k_bits").query_one(Select).value = "4"
+    screen.row("precision").query_one(Select).value = "fp16"
     await until(app, pilot, lambda: screen._asked)
     assert screen._asked
     app.post_message(Priced(screen._asked[0], Price(int(1.2 * GB), 23_000, 720_000.0)))
@@ -333,27 +337,90 @@ SCREENS: Sequence[Arrange] = (
 )  # fmt: skip
 
 
-def arranged(arrange: Arrange) -> Callable[[Pilot[None]], Awaitable[None]]:
-    """The screen, with nothing that moves."""
-
-    async def run(pilot: Pilot[None]) -> None:
-        app = pilot.app
-        assert isinstance(app, QuireApp)
-        await until(app, pilot, lambda: app.screen is app.chat and app.chat.prompt.has_focus)
-        await arrange(app, pilot)
-        for field in app.screen.query("Input, TextArea"):
-            assert isinstance(field, Input | TextArea)
-            field.cursor_blink = False
-
-    return run
-
-
 def no_session() -> Session:
     raise AssertionError("no engine thread runs")
 
 
-@pytest.mark.parametrize(("size", "theme"), LOOKS)
+async def looks(app: QuireApp, pilot: Pilot[None]) -> AsyncIterator[str]:
+    """Every size and theme in turn, with nothing that moves."""
+    for field in app.screen.query("Input, TextArea"):
+        assert isinstance(field, Input | TextArea)
+        field.cursor_blink = False
+    for size in SIZES:
+        await pilot.resize_terminal(*size)
+        for theme in THEMES:
+            app.theme = theme
+            await pilot.pause()
+            await pilot.pause()
+            yield f"{size[0]}x{size[1]} {theme}"
+
+
+def fits(app: QuireApp) -> bool:
+    """Whether the footer shows every key; help takes its room."""
+    keys = app.screen.query("FooterKey")
+    return bool(app.screen.query("HelpPanel")) or all(key.region.right <= app.size.width for key in keys)
+
+
+def painted(app: QuireApp) -> list[Strip]:
+    return app.screen._compositor.render_strips()
+
+
+def text(strips: Sequence[Strip]) -> str:
+    return "\n".join(strip.text.rstrip() for strip in strips)
+
+
+def styles(strips: Sequence[Strip]) -> str:
+    """A letter for every style, and for every line how many cells have which: 3-5: a2 b78."""
+    letters: dict[str, str] = {}
+    lines = []
+    for strip in strips:
+        cells = [(str(segment.style), segment.cell_length) for segment in strip]
+        runs = [(style, sum(length for _, length in run)) for style, run in groupby(cells, key=lambda cell: cell[0])]
+        lines.append(
+            " ".join(f"{letters.setdefault(s, _letter(len(letters)))}{length}" for s, length in runs if length)
+        )
+    numbered = enumerate(lines, 1)
+    same = [[number for number, _ in some] for _, some in groupby(numbered, key=lambda line: line[1])]
+    named = [f"{_span(some)}: {lines[some[0] - 1]}" for some in same]
+    return "\n".join([*(f"{letter} = {style}" for style, letter in letters.items()), *named])
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+
+
+def _letter(number: int) -> str:
+    return chr(ord("a") + number) if number < 26 else chr(ord("A") + number - 26)
+
+
 @pytest.mark.parametrize("arrange", SCREENS, ids=lambda arrange: arrange.__name__)
-def test_a_screen(arrange: Arrange, size: tuple[int, int], theme: str, snap_compare: Compare) -> None:
-    config.save({"theme": theme, "animations": False})
-    assert snap_compare(QuireApp(no_session), terminal_size=size, run_before=arranged(arrange))
+@on_a_screen
+async def test_a_screen(arrange: Arrange, tmp_path: Path) -> None:
+    config.save({"theme": THEMES[0], "animations": False})
+    app = QuireApp(no_session)
+    async with app.run_test(size=SIZES[0]) as pilot:
+        await until(app, pilot, lambda: app.screen is app.chat and app.chat.prompt.has_focus)
+        await arrange(app, pilot)
+        app.theme_changed_signal.unsubscribe(app)  # a theme that is remembered refills the settings screen
+        parts: list[str] = []
+        async for look in looks(app, pilot):
+            seen = text(painted(app))
+            assert fits(app), f"The footer is cut off: {seen.splitlines()[-1]}"
+            parts += [f"# {look}", *([] if seen in parts else [seen]), styles(painted(app))]
+        changed = compare(PICTURES / f"{arrange.__name__}.txt", "\n\n".join(parts) + "\n")
+        if changed:
+            async for look in looks(app, pilot):
+                app.save_screenshot(f"{look}.svg", str(tmp_path))
+    assert not changed, f"It looks otherwise, as drawn in {tmp_path}:\n{changed}"
+
+
+def compare(file: Path, picture: str) -> str:
+    """What changed; nothing when the file is to be written."""
+    if os.environ.get("QUIRE_UPDATE_PICTURES"):
+        file.write_text(picture, encoding="utf-8")
+    known = file.read_text(encoding="utf-8") if file.exists() else ""
+    return "\n".join(difflib.unified_diff(known.splitlines(), picture.splitlines(), "known", "now", lineterm="", n=1))
+
+
+def test_there_is_no_picture_of_a_screen_that_is_gone() -> None:
+    assert {file.stem for file in PICTURES.iterdir()} == {arrange.__name__ for arrange in SCREENS}

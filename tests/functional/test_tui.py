@@ -4,6 +4,7 @@ Most tests use a double of the session that says what it is told to, slowly: the
 real small model. What a test looks for is the text that the screen shows, not the widgets that hold it.
 """
 
+import functools
 import subprocess
 import sys
 import threading
@@ -28,7 +29,9 @@ from quire.session import Estimate, Found, Session
 from quire.shelf import CacheProgress, Item, Usage
 from quire.tui.app import QuireApp, editor_command
 from quire.tui.library import LibraryScreen
-from quire.tui.widgets import Answer, Preview, Sources, Trouble, closed_length
+from quire.tui.sources import Preview, Sources
+from quire.tui.streaming import closed_length
+from quire.tui.widgets import Answer, Trouble
 from quire_engine.errors import QuireError
 from quire_engine.types import Answered, Event, Exchange, Forecast, Text, Timings, TokenCounts
 
@@ -157,6 +160,9 @@ class FakeSession:
     def __exit__(self, *_: object) -> None:
         self.closed = True
 
+    def take_notice(self) -> str:
+        return ""
+
     def index(self, roots: Sequence[Path], progress: Callable[[IndexProgress], None]) -> IndexReport:
         files = [path for path in self.library.stored if any(path.is_relative_to(root) for root in roots)]
         for done, path in enumerate(files, 1):
@@ -222,6 +228,10 @@ async def running(
 
 async def until(app: QuireApp, pilot: Pilot[None], true: Callable[[], Any], patience_s: float = PATIENCE_S) -> None:
     await driving.until(app, pilot, true, patience_s)
+
+
+def grown(answer: Answer, length: int) -> bool:
+    return len(answer.said) > length
 
 
 def rendered(answer: Answer) -> str:
@@ -294,7 +304,7 @@ async def test_everything_fits(tmp_path: Path, size: tuple[int, int]) -> None:
         assert "Ida Marlow." in shown(app)
         assert "1 source: tower.md" in shown(app)
         assert "First word 200 ms (full prefill about 3.0 s)" in shown(app)
-        assert "2.8 s saved" in shown(app)
+        assert "saved 2.8 s of full prefill" in shown(app)
         answer.query_one(Collapsible).collapsed = False
         await until(app, pilot, lambda: "1. /d/tower.md:1-3  Tower" in shown(app))
         await pilot.press("ctrl+l")
@@ -340,7 +350,7 @@ async def test_a_question_goes_before_caching(tmp_path: Path) -> None:
     async with running(session) as (app, pilot):
         await until(app, pilot, lambda: len(session.engine.cached) > 2)
         answer = await answered(app, pilot)
-        assert answer.body.text == "It was Ida Marlow."
+        assert answer.said == "It was Ida Marlow."
         assert len(session.engine.cached) < 60
         assert session.thread == "quire-engine"
 
@@ -352,7 +362,7 @@ async def test_a_question_does_not_wait_for_a_folder_to_be_read(tmp_path: Path) 
         session.pause_s = 0.05
         await until(app, pilot, lambda: "reading" in shown(app))
         answer = await answered(app, pilot)
-        assert answer.body.text == "It was Ida Marlow."
+        assert answer.said == "It was Ida Marlow."
         assert "reading" in shown(app), "and reading goes on"
 
 
@@ -419,7 +429,7 @@ async def test_a_long_answer_keeps_its_order(step: int) -> None:
     pieces = [LONG[i : i + step] for i in range(0, len(LONG), step)]
     async with running(FakeSession(pieces=pieces, pause_s=0.0002), size=(100, 60)) as (app, pilot):
         answer = await answered(app, pilot)
-        assert answer.body.text == LONG
+        assert answer.said == LONG
         assert rendered(answer) == LONG
         widgets = [block for part in answer.query(Markdown) for block in part.children]
         blocks = [type(block).__name__.removeprefix("Markdown") for block in widgets]
@@ -458,7 +468,28 @@ async def test_resizing_while_streaming_loses_nothing() -> None:
             await pilot.resize_terminal(*size)
             await pilot.pause(0.1)
         await until(app, pilot, lambda: answer.query(Collapsible))
-        assert answer.body.text == rendered(answer) == LONG
+        assert answer.said == rendered(answer) == LONG
+
+
+@on_a_screen
+async def test_the_window_is_resized_while_text_streams(tmp_path: Path) -> None:
+    pieces = [LONG[i : i + 20] for i in range(0, len(LONG), 20)]
+    session = with_documents(FakeSession(pieces=pieces, pause_s=0.01, cache_s=0.0), tmp_path, 3)
+    async with running(session, (80, 24)) as (app, pilot):
+        answer = await ask(app, pilot)
+        await until(app, pilot, lambda: "First paragraph." in answer.said)
+        for size in ((200, 60), (40, 12), (120, 30), (80, 24)):
+            before = len(answer.said)
+            await pilot.resize_terminal(*size)
+            await until(app, pilot, functools.partial(grown, answer, before))
+            lines = shown(app).splitlines()
+            assert len(lines) == size[1]
+            assert max(map(len, lines)) <= size[0]
+            assert "Ask your" in shown(app), "the prompt stays in sight"
+            assert app.chat._turn, "it streams"
+        await until(app, pilot, lambda: not app.chat._turn)
+        assert rendered(answer) == LONG
+        await until(app, pilot, lambda: "Last paragraph." in shown(app))
 
 
 @on_a_screen
@@ -466,11 +497,11 @@ async def test_esc_stops_and_keeps_what_there_is() -> None:
     session = FakeSession(pieces=[f"word{i} " for i in range(2000)], pause_s=0.005)
     async with running(session) as (app, pilot):
         answer = await ask(app, pilot)
-        await until(app, pilot, lambda: "word20" in answer.body.text)
+        await until(app, pilot, lambda: "word20" in answer.said)
         await pilot.press("escape")
         await until(app, pilot, lambda: answer.query(Collapsible))
-        assert answer.body.text == "".join(session.said)
-        assert rendered(answer) == answer.body.text
+        assert answer.said == "".join(session.said)
+        assert rendered(answer) == answer.said
         assert len(session.said) < 2000
         assert "Stopped. First word" in shown(app)
         assert app.focused is app.chat.prompt
@@ -482,13 +513,13 @@ async def test_a_new_conversation_never_sees_the_old_answer() -> None:
     async with running(session) as (app, pilot):
         await until(app, pilot, lambda: app.chat.state.model)
         answer = await ask(app, pilot)
-        await until(app, pilot, lambda: answer.body.text)
+        await until(app, pilot, lambda: answer.said)
         await pilot.press("ctrl+n")
         await until(app, pilot, lambda: "Quire answers" in shown(app))
         assert not app.chat.query(Answer)
         session.pieces, session.said = ["new"], []
         second = await answered(app, pilot)
-        assert second.body.text == "new"
+        assert second.said == "new"
         assert "ancient" not in shown(app)
 
 
@@ -648,7 +679,7 @@ async def test_quitting_is_clean_whatever_runs(tmp_path: Path, busy: str) -> Non
     async with running(session) as (app, pilot):
         if busy == "streaming":
             answer = await ask(app, pilot)
-            await until(app, pilot, lambda: answer.body.text)
+            await until(app, pilot, lambda: answer.said)
         await until(app, pilot, lambda: busy == "streaming" or busy in shown(app))
         asked_at = time.monotonic()
         await pilot.press("ctrl+q")
@@ -682,7 +713,7 @@ async def test_a_folder_is_added_cached_and_asked(open_real: Callable[[], Sessio
         await until(app, pilot, lambda: "4/4 cached" in shown(app), MODEL_PATIENCE_S)
         assert "Indexed: 4 added" in shown(app)
         answer = await answered(app, pilot, patience_s=MODEL_PATIENCE_S)
-        assert "Ida Marlow" in answer.body.text
+        assert "Ida Marlow" in answer.said
         assert "lighthouse.md" in shown(app)
         assert "tokens reused" in shown(app)
 
@@ -693,10 +724,10 @@ async def test_esc_stops_the_model_and_keeps_the_text(open_real: Callable[[], Se
     async with app.run_test(size=(100, 30)) as pilot:
         await until(app, pilot, lambda: "1/1 cached" in shown(app), MODEL_PATIENCE_S)
         answer = await ask(app, pilot, "Tell me everything about the lighthouse keepers and list all facts.")
-        await until(app, pilot, lambda: answer.body.text, MODEL_PATIENCE_S)
+        await until(app, pilot, lambda: answer.said, MODEL_PATIENCE_S)
         await pilot.press("escape")
         await until(app, pilot, lambda: answer.query(Collapsible), MODEL_PATIENCE_S)
         await pilot.pause()
-        assert answer.body.text
+        assert answer.said
         await until(app, pilot, lambda: "Stopped. First word" in shown(app))
-        assert rendered(answer) == answer.body.text
+        assert rendered(answer) == answer.said

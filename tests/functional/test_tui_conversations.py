@@ -4,6 +4,8 @@ The session is a double that says what it is told to; the history is the real on
 """
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ from functional.test_tui import (
 )
 from quire.conversation import open_history
 from quire.history import ROOT, Source, Turn
+from quire.session import Estimate
 from quire.tui.app import QuireApp
 from quire.tui.conversations import ConversationsScreen, moment
-from quire.tui.widgets import Answer, Earlier, Question, Sources, Trouble
+from quire.tui.sources import Sources
+from quire.tui.widgets import Answer, Question, Trouble, Undrawn
 from quire_engine.errors import QuireError
 from quire_engine.types import Exchange
 
@@ -233,6 +237,31 @@ async def test_asking_again_and_going_on_from_an_earlier_answer() -> None:
 
 
 @on_a_screen
+async def test_a_text_is_weighed_where_it_would_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = FakeSession()
+    behind: list[list[str]] = []
+
+    def estimate(_: FakeSession, question: str, history: Sequence[Exchange]) -> Estimate:
+        behind.append([exchange.question for exchange in history])
+        return Estimate(1509, 240, 8192, 900.0)
+
+    monkeypatch.setattr(FakeSession, "estimate", estimate)
+    async with running(session) as (app, pilot):
+        await replied(app, pilot, "First?", session, "one")
+        await replied(app, pilot, "Second?", session, "two")
+        await pilot.press(*"next")
+        await until(app, pilot, lambda: behind[-1:] == [["First?", "Second?"]])
+        await at(app, pilot, Answer, 0)
+        await pilot.press("b")
+        await until(app, pilot, lambda: behind[-1:] == [["First?"]])
+        await pilot.press("escape")
+        await until(app, pilot, lambda: behind[-1:] == [["First?", "Second?"]])
+        await at(app, pilot, Question, 0)
+        await pilot.press("e")
+        await until(app, pilot, lambda: behind[-1:] == [[]])
+
+
+@on_a_screen
 async def test_what_is_asked_again_is_seen_to_its_end() -> None:
     session = FakeSession()
     async with running(session, size=(80, 24)) as (app, pilot):
@@ -261,7 +290,7 @@ async def test_messages_are_copied_and_walked() -> None:
     session = FakeSession()
     async with running(session) as (app, pilot):
         await replied(app, pilot, "First?", session, "one")
-        app.chat.query(Answer).last().body.text = "one\x1b]52;c;x\x07"
+        app.chat.query(Answer).last().said = "one\x1b]52;c;x\x07"
         await pilot.press("shift+tab", "shift+tab", "y")
         await until(app, pilot, lambda: app.clipboard == "one")
         await pilot.press("up", "y")
@@ -312,9 +341,8 @@ async def test_a_long_conversation_opens_where_it_was_left_and_shows_the_rest() 
         await pilot.press("enter")
         await until(app, pilot, lambda: "Question 69?" in shown(app))
         assert questions(app)[0] == "Question 60?"
-        app.chat.query_one(Earlier).focus()
-        await pilot.press("enter")
-        await until(app, pilot, lambda: questions(app)[0] == "Question 50?")
+        app.chat.query_one(Undrawn).focus()
+        await until(app, pilot, lambda: len(questions(app)) == 20)
         assert [int(q.split()[1][:-1]) for q in questions(app)] == list(range(50, 70))
         await pilot.press("ctrl+o")
         await pilot.press(*"Question 7")
@@ -322,6 +350,32 @@ async def test_a_long_conversation_opens_where_it_was_left_and_shows_the_rest() 
         await pilot.press("enter")
         await until(app, pilot, lambda: app.screen is app.chat and questions(app)[0] == "Question 7?")
         await until(app, pilot, lambda: "Question 7?" in shown(app))
+        assert len(questions(app)) < 30, "not all that follow"
+
+
+@on_a_screen
+async def test_what_is_not_drawn_is_drawn_when_somebody_scrolls_or_asks() -> None:
+    stored(*(f"Question {i}?" for i in range(40)))
+
+    def top() -> str:
+        found = re.search(r"Question \d+\?", shown(app))
+        return found[0] if found else ""
+
+    session = FakeSession()
+    async with running(session, size=(80, 24)) as (app, pilot):
+        await app.chat.open(1, 11)
+        await until(app, pilot, lambda: top() == "Question 10?")
+        assert questions(app) == [f"Question {i}?" for i in range(10, 15)]
+        assert "25 later questions" in str(app.chat.query(Undrawn).last().render())
+        await pilot.press("pagedown", "pagedown")
+        await until(app, pilot, lambda: len(questions(app)) == 15)
+        app.chat._dialogue.scroll_home(animate=False)
+        await until(app, pilot, lambda: len(questions(app)) == 25)
+        await until(app, pilot, lambda: "Question 10?" in shown(app))  # what was looked at stays
+        assert app.chat._dialogue.scroll_y > 0
+        await replied(app, pilot, "And now?", session, "Yes.")
+        assert questions(app) == [*(f"Question {i}?" for i in range(30, 40)), "And now?"]
+        assert len(session.histories[-1]) == 40
 
 
 @on_a_screen

@@ -151,7 +151,7 @@ async def test_new_moved_and_deleted_files(open_app: Open, root: Path) -> None:
         read = {row.path.relative_to(root) for row in here.app.chat.state.rows if row.letter != "S"}
         assert read == {Path("job/plan.md"), Path("job/new/idea.md")}
         shutil.rmtree(root)
-        await here.until(lambda: here.said("is gone. Restore it, or remove it from Quire."))
+        await here.until(lambda: here.said("is gone; its documents are kept. Restore it, or remove it from Quire."))
 
 
 @on_a_screen
@@ -174,11 +174,14 @@ async def test_a_folder_that_cannot_be_watched_is_looked_through(
 async def test_a_folder_that_goes_away_and_comes_back_keeps_its_documents(open_app: Open, root: Path) -> None:
     async with running(open_app()) as here:
         await here.settled()
-        root.rename(root.with_name("away"))
-        await here.pilot.pause(1.5)
+        away = root.with_name("away")
+        root.rename(away)
+        await here.until(lambda: here.said(f"{root} is gone; its documents are kept."))
+        (away / "tea.md").write_text("Nobody watches it here.")
         assert len(here.app.chat.state.rows) == 4
-        root.with_name("away").rename(root)
-        await here.pilot.pause(1.2)
+        away.rename(root)
+        await here.until(lambda: here.said(f"{root} is there again."))
+        assert sum("is gone" in note for note in here.notes) == 1
         (root / "tea.md").write_text("Green tea.")
         await here.until(lambda: here.said("tea.md changed: "))
 

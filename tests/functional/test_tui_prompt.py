@@ -20,7 +20,7 @@ from quire.conversation import open_history
 from quire.session import Estimate, Found, Session
 from quire.tui.app import QuireApp
 from quire.tui.prompt import Offers, weight
-from quire.tui.widgets import Question
+from quire.tui.widgets import Question, Trouble
 
 Open = Callable[[], Session]
 NAMES = ("hot/tea.md", "hot/coffee.md", "my trips/tea house.md", "teams.md", "plan.md")
@@ -273,3 +273,29 @@ def test_the_words_of_an_estimate() -> None:
     assert weight(Estimate(40, 40, 8192, 1500.0)) == "About 1.5 s · 40 of 8,192 tokens"
     too_long = "Too long for this model: 9,000 of 8,192 tokens. Shorten the question."
     assert weight(Estimate(9000, 9000, 8192, 0.0, too_long=True)) == too_long
+
+
+# What to do when it cannot be answered
+
+
+@on_a_screen
+async def test_an_error_says_what_can_be_done_here(opened: Open, notes: Path) -> None:
+    async with running(opened, (80, 24)) as (app, pilot):
+
+        async def told(question: str, *words: str) -> None:
+            app.chat.prompt.put(question)
+            await pilot.press("enter")
+            await until(app, pilot, lambda: app.chat.query(Trouble) and not app.chat._turn)
+            said = " ".join(str(app.chat.query(Trouble).last().render()).split())
+            for word in words:
+                assert word in said
+            assert "quire " not in said
+            assert "--" not in said
+            assert app.chat.prompt.text == question, "it comes back"
+            await app.chat.query(Trouble).remove()
+
+        await told("what water?", "No folder was added yet.", "/add ~/notes", "/sample")
+        app.chat.worker.add(notes)
+        await known(app, pilot)
+        await told("zebra", "Nothing in your documents matches", "Ctrl+L")
+        await told("water" + " water" * 5000, "holds", "context_tokens (F2)", "fewer @files", "shorter question")

@@ -14,11 +14,15 @@ import driving
 from driving import on_a_screen, shown
 from file_server import FileServer, serving
 from quire import config, model_files, models, paths
+from quire.config import Settings
+from quire.models import Price
 from quire.session import Session
 from quire.tui.app import QuireApp
 from quire.tui.confirm import Confirm
+from quire.tui.messages import Priced
 from quire.tui.models import ModelsScreen
 from quire.tui.settings import SettingRow, SettingsScreen
+from quire_engine.engine import Engine
 from tiny_gguf import write_tiny_gguf
 
 PATIENCE_S = 60.0
@@ -153,23 +157,49 @@ async def test_a_wrong_value_is_refused_in_place_with_what_would_be_right() -> N
 
 
 @on_a_screen
+async def test_a_refusal_while_a_price_is_looked_up_takes_the_question_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running() as (app, pilot):
+        await until(app, pilot, lambda: app.chat.state.model == "First")
+        asked: list[Settings] = []
+        monkeypatch.setattr(app.chat.worker, "price", asked.append)  # as one that takes long
+        screen = await settings(app, pilot)
+        precision, chunk_tokens = screen.row("precision"), screen.row("chunk_tokens")
+        precision.query_one(Select).value = "tiny"
+        await until(app, pilot, lambda: "Looking what that costs" in said(precision))
+        await type_into(app, pilot, chunk_tokens, "many")
+        await until(app, pilot, lambda: "a whole number from 32 to 8,192" in said(chunk_tokens))
+        assert holds(precision, "default")
+        assert said(precision) == ""
+        app.post_message(Priced(asked[0], Price(10**9, 1000, 60_000.0)))
+        await pilot.pause()
+        assert not screen.query(Confirm)
+        precision.query_one(Select).value = "compact"
+        precision.query_one(Select).value = "tiny"
+        await until(app, pilot, lambda: len(asked) == 3)
+        app.post_message(Priced(asked[1], Price(10**9, 1000, 60_000.0)))
+        app.post_message(Priced(asked[2], Price(2 * 10**9, 1000, 60_000.0)))
+        await until(app, pilot, lambda: screen.query(Confirm))
+        assert len(screen.query(Confirm)) == 1
+        assert "2.0 GB" in str(screen.query_one(Confirm).render()), "the last one counts"
+
+
+@on_a_screen
 async def test_what_makes_caches_useless_says_its_price_and_asks(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text(NOTES)
     async with running(add=(tmp_path / "notes.md",)) as (app, pilot):
         await until(app, pilot, lambda: app.chat.state.total and app.chat.state.done == app.chat.state.total)
         app.chat.prompt.put("half a question")
         screen = await settings(app, pilot)
-        row = screen.row("k_bits")
-        for answer, k_bits in (("escape", 8), ("enter", 4)):
+        row = screen.row("precision")
+        for answer, precision in (("escape", "default"), ("enter", "fp16")):
             row.edit()
-            row.query_one(Select).value = "4"
-            await until(app, pilot, lambda: row.query(Confirm))
-            assert "Invalidates" in shown(app)
+            row.query_one(Select).value = "fp16"
+            await until(app, pilot, lambda: row.query(Confirm) and "Invalidates" in shown(app))
             assert "kept for the way back; caching again takes" in " ".join(shown(app).split())
             await pilot.press(answer)
             await until(app, pilot, lambda: not row.query(Confirm))
-            await until(app, pilot, functools.partial(holds, row, k_bits))
-        assert "k_bits = 4" in saved()
+            await until(app, pilot, functools.partial(holds, row, precision))
+        assert 'precision = "fp16"' in saved()
         await pilot.press("f2")
         assert app.chat.prompt.text == "half a question"
         await until(app, pilot, lambda: app.chat.state.total and app.chat.state.done == app.chat.state.total)
@@ -307,13 +337,23 @@ async def test_one_key_fetches_the_recommended_model_which_can_be_stopped_and_us
         async with running() as (app, pilot):
             await until(app, pilot, lambda: app.chat.state.model == "First")
             server.gate.clear()
-            await pilot.press("f4")
+            for key in ("escape", "enter"):
+                await pilot.press("f4")
+                await until(app, pilot, lambda: app.screen.query(Confirm))
+                text = " ".join(shown(app).split())
+                assert f"Fetch {best.title}? It takes {best.size_gb} GB; " in text
+                assert " free." in text
+                assert not app.puller.running
+                await pilot.press(key)
+                await until(app, pilot, lambda: not app.screen.query(Confirm))
             await until(app, pilot, lambda: f"Fetching {best.name}" in shown(app))
             await pilot.press("c")
             server.gate.set()
             await until(app, pilot, lambda: "which is kept" in shown(app))
             await until(app, pilot, lambda: not app.puller.running)
             await pilot.press("f")
+            await until(app, pilot, lambda: app.screen.query(Confirm))
+            await pilot.press("y")
             await until(app, pilot, lambda: f"{best.name} is here" in shown(app))
             assert best.path.read_bytes() == data
             await until(app, pilot, lambda: any(m.name == best.name and m.here for m in app.screen._models))  # type: ignore[attr-defined]
@@ -362,3 +402,39 @@ async def test_deleting_asks_first() -> None:
         await until(app, pilot, lambda: app.screen.query(Confirm))
         await pilot.press("y")
         await until(app, pilot, lambda: "is in use" in shown(app))
+
+
+# What switching costs
+
+
+def read_and_cached(**given: object) -> Session:
+    """The notes as these settings want them."""
+    session = Session(config.load(given))
+    session.index(session.library.roots(), lambda _: None)
+    session.cache(lambda _: None, lambda: False)
+    return session
+
+
+@pytest.mark.parametrize("there", [{"chunk_tokens": 32}, {"model": "second", "chunk_tokens": 32}, {"model": "second"}])
+def test_the_way_back_to_what_is_still_cached_is_cheap(
+    tmp_path: Path, there: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes.md").write_text(NOTES)
+    first = {"model": str(model_files.models_dir() / "first.gguf"), "chunk_tokens": 64}
+    second = first | there
+    if "model" in there:
+        second["model"] = str(model_files.models_dir() / "second.gguf")
+    with Session(config.load(first)) as session:
+        session.library.add_root(tmp_path / "notes.md")
+    with read_and_cached(**first) as session:
+        total = sum(session.library.tokens().values())
+        away = models.price(session, config.load(second))
+        assert away.tokens == pytest.approx(total, rel=0.05)
+        assert models.price(session, config.load(first)).tokens == 0
+    with read_and_cached(**second) as session:
+        back = models.price(session, config.load(first))
+        assert back.tokens < 0.1 * total
+        tokenized: list[str] = []
+        monkeypatch.setattr(Engine, "address", lambda _, text: tokenized.append(text))
+        assert models.price(session, config.load(first)).tokens == back.tokens
+        assert tokenized == [], "their addresses are known"

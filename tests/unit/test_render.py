@@ -20,13 +20,15 @@ def test_a_follow_up_says_what_was_kept() -> None:
     assert line.startswith(
         "1,200 tokens kept, 300 reused, 70 recomputed, 60 fresh (ratio 0.16) | search 3 ms, resume 60"
     )
-    assert "first word 453 ms, full prefill about 3.0 s | 20 tokens/s" in line
+    assert "first word 453 ms, full prefill about 3.0 s | saved about 2.5 s: " in line
+    assert "2.2 s by kept turns, 341 ms by stored passages | 20 tokens/s" in line
     expected = "1,600 tokens of context, 1,200 of them kept, 200 not cached yet; first word in about 400 ms"
     assert render.forecast_line(FORECAST).startswith(expected)
 
 
 def test_a_first_question_has_kept_nothing() -> None:
     assert render.truth_line(FOUND, FORECAST, FIRST).startswith("300 tokens reused, 70 recomputed, 60 fresh")
+    assert "kept turns" not in render.truth_line(FOUND, FORECAST, FIRST)
     forecast = replace(FORECAST, kept_tokens=0)
     assert render.forecast_line(forecast).startswith("1,600 tokens of context, 200 of them not cached yet;")
 

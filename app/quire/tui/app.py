@@ -31,8 +31,8 @@ from quire.tui.models import ModelsScreen
 from quire.tui.preferences import Preferences, Wanted
 from quire.tui.pulls import Pulled, Puller, sentence
 from quire.tui.settings import SettingsScreen
+from quire.tui.sources import Sources
 from quire.tui.themes import HIGH_CONTRAST_THEME
-from quire.tui.widgets import Sources
 from quire.tui.worker import Changed
 from quire_engine.errors import QuireError
 
@@ -96,12 +96,18 @@ class QuireApp(App[None], inherit_bindings=False):
         self.crash: QuireError | None = None
         for path in add:
             self.chat.worker.add(path)
+        self.register_theme(HIGH_CONTRAST_THEME)
+        self._look()  # before anything is painted
+
+    def get_default_screen(self) -> Screen[None]:
+        return self.chat
 
     def on_mount(self) -> None:
-        self.register_theme(HIGH_CONTRAST_THEME)
-        self._look()
         self.theme_changed_signal.subscribe(self, self._theme_chosen)
-        self.push_screen(self.chat)
+
+    def on_ready(self) -> None:
+        """The first picture is on the screen: what the engine thread imports would have held it up."""
+        self.chat.worker.start()
 
     async def on_unmount(self) -> None:
         self.puller.stop()
@@ -115,21 +121,14 @@ class QuireApp(App[None], inherit_bindings=False):
         self._close_messages_no_wait()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool:
-        """Keys that lead somewhere from the chat, and back from there, are not offered elsewhere."""
-        there = {"conversations": ConversationsScreen, "library": LibraryScreen}.get(action)
-        return there is None or self.screen is self.chat or isinstance(self.screen, there)
+        """Keys that lead somewhere from the chat are not offered elsewhere."""
+        return action not in ("conversations", "library") or self.screen is self.chat
 
     def action_library(self) -> None:
-        if isinstance(self.screen, LibraryScreen):
-            self.pop_screen()
-        elif self.screen is self.chat:
-            self.push_screen(LibraryScreen(lambda: self.chat.state))
+        self.push_screen(LibraryScreen(lambda: self.chat.state))
 
     def action_conversations(self) -> None:
-        if isinstance(self.screen, ConversationsScreen):
-            self.pop_screen()
-        elif self.screen is self.chat:
-            self.push_screen(ConversationsScreen(self.chat.archive))
+        self.push_screen(ConversationsScreen(self.chat.archive))
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         yield SystemCommand("Conversations", "Search, open, rename, delete, export", self.action_conversations)

@@ -14,28 +14,25 @@ from typing import TYPE_CHECKING, ClassVar
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import VerticalScroll
-from textual.content import Content
 from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Footer, Static
 
-from quire import models, paths
+from quire import paths
 from quire.terminal import printable
 from quire.tui.archive import Archive
+from quire.tui.dialogue import Dialogue
 from quire.tui.messages import NO_TURN, START, Changed, Failed, Noted, State, Told, Turn, Weighed
 from quire.tui.prompt import MOST_PAST, Prompt, PromptBox, StatusLine
-from quire.tui.widgets import Answer, Earlier, Note, Question, Trouble, TurnPart, Wish, place
+from quire.tui.welcome import Welcome
+from quire.tui.widgets import Answer, Note, Question, Trouble, TurnPart, Undrawn, Wish
 from quire.tui.worker import Worker
 from quire_engine.errors import QuireError
 
 if TYPE_CHECKING:
-    from quire.conversation import Line
     from quire.session import Session
 
 _DRAIN_SECONDS = 0.1
-_MOST_MESSAGES = 200  # older ones leave the screen
-_FIRST_TURNS = 10  # of a conversation that is opened; drawing one takes up to 50 ms
 
 
 @dataclass(frozen=True)
@@ -67,11 +64,9 @@ class ChatScreen(Screen[None]):
         self.conversation_id = START
         self._leaf = START  # the turn that the next question follows
         self._detour: _Detour | None = None
-        self._earlier: Line | None = None
 
     def compose(self) -> ComposeResult:
-        with VerticalScroll(id="conversation", can_focus=False):
-            yield Welcome()
+        yield Dialogue()
         yield Static(id="detour")
         yield StatusLine()
         yield PromptBox(lambda: self.state)
@@ -79,19 +74,22 @@ class ChatScreen(Screen[None]):
 
     def on_mount(self) -> None:
         self.prompt.focus()
-        self._conversation.anchor()
         self._show_state()
         self._set_detour(None)
         self.set_interval(_DRAIN_SECONDS, self._drain)
-        self.call_after_refresh(self.worker.start)  # what it imports takes longer than painting
 
     @property
     def prompt(self) -> Prompt:
         return self.query_one(Prompt)
 
     @property
-    def _conversation(self) -> VerticalScroll:
-        return self.query_one("#conversation", VerticalScroll)
+    def _dialogue(self) -> Dialogue:
+        return self.query_one(Dialogue)
+
+    @property
+    def _after(self) -> int:
+        """The turn that the next question follows."""
+        return self._detour.after if self._detour else self._leaf
 
     # What the keys do
 
@@ -100,9 +98,11 @@ class ChatScreen(Screen[None]):
         self.worker.typed()
 
     @on(Prompt.Still)
-    def _still(self, still: Prompt.Still) -> None:
-        if not self._turn and still.text and not still.text.startswith("/"):
-            self.worker.weigh(still.text, self._leaf)
+    def _weigh(self) -> None:
+        """Finds out what the text in the prompt would take where it would be asked."""
+        text = self.prompt.text.strip()
+        if text and not self._turn and not text.startswith("/"):
+            self.worker.weigh(text, self._after)
 
     @on(Prompt.Recalling)
     async def _recall(self) -> None:
@@ -121,20 +121,24 @@ class ChatScreen(Screen[None]):
             self.worker.add(Path(str(paths.assets() / "sample")))
         elif command.startswith("/") and command[1:].isalpha():
             self.prompt.give_back(sent.text)
-            await self._show(Trouble(QuireError(f"There is no command {command}.", "/add PATH adds a folder or file.")))
+            await self._dialogue.show(
+                Trouble(QuireError(f"There is no command {command}.", "/add PATH adds a folder or file."))
+            )
         else:
             self.prompt.remember(sent.text)
             await self._ask(sent.text)
 
     async def _ask(self, question: str) -> None:
-        after = self._detour.after if self._detour else self._leaf
+        if not self._detour and not self._dialogue.ends:
+            await self.open(self.conversation_id)
+        after = self._after
         self.set_focus(self.prompt)  # a message that leaves would hand the focus on, and the screen would go there
-        await self._conversation.query(".beyond").remove()
+        await self._dialogue.drop_pale()
         self._set_detour(None)
         asked = Question(question, after)
         self._answer = Answer(asked)
-        await self._show(asked, self._answer)
-        self._conversation.anchor()
+        await self._dialogue.show(asked, self._answer)
+        self._dialogue.anchor()
         self._turn = self.worker.ask(question, self.conversation_id, after)
 
     def action_stop(self) -> None:
@@ -151,14 +155,12 @@ class ChatScreen(Screen[None]):
         self.call_later(self._clear)  # keys come in between the steps of an answer, this does not
 
     def action_page(self, direction: int) -> None:
-        scroll = self._conversation.scroll_page_up if direction < 0 else self._conversation.scroll_page_down
+        scroll = self._dialogue.scroll_page_up if direction < 0 else self._dialogue.scroll_page_down
         scroll(animate=False)
 
     async def _clear(self) -> None:
         self._leave()
-        with self.app.batch_update():
-            await self._conversation.remove_children()
-            await self._conversation.mount(Welcome())
+        await self._dialogue.clear()
         self._show_state()
         self.prompt.focus()
 
@@ -179,14 +181,12 @@ class ChatScreen(Screen[None]):
         try:
             line = await self.archive.do(lambda history: open_line(history, conversation, through))
         except QuireError as error:
-            await self._show(Trouble(error))
+            await self._dialogue.show(Trouble(error))
             return
         self._leave()
         self.conversation_id = conversation
         self._leaf = line.turns[-1].id if line.turns else START
-        with self.app.batch_update():
-            await self._conversation.remove_children()
-            await self._show_line(line, through)
+        await self._dialogue.show_line(line, through)
         self.prompt.focus()
 
     async def deleted(self, conversation: int) -> None:
@@ -194,40 +194,9 @@ class ChatScreen(Screen[None]):
         if conversation == self.conversation_id != START:
             await self._clear()
 
-    async def _show_line(self, line: "Line", through: int) -> None:
-        """The end of a branch, from a turn that is looked for, or the last ones."""
-        ids = [turn.id for turn in line.turns]
-        first = max(0, len(ids) - _FIRST_TURNS)
-        first = min(first, ids.index(through)) if through else first
-        self._earlier = line
-        await self._conversation.mount(*([Earlier(first)] if first else []))
-        await self._mount_turns(line, first, len(ids))
-        if through:
-            self._conversation.release_anchor()
-            found = next(q for q in self.query(Question) if q.turn == through)
-            self.call_after_refresh(self._conversation.scroll_to_widget, found, animate=False, top=True)
-        else:
-            self._conversation.anchor()
-
-    async def _mount_turns(self, line: "Line", first: int, end: int, before: Widget | None = None) -> None:
-        for turn, siblings in zip(line.turns[first:end], line.siblings[first:end], strict=True):
-            question = Question(turn.question, turn.parent)
-            answer = Answer(question)
-            await self._conversation.mount(question, answer, before=before)
-            question.keep(turn.id, siblings)
-            await answer.restore(turn)
-
-    @on(Earlier.Wanted)
-    async def _show_earlier(self, message: Earlier.Wanted) -> None:
-        assert self._earlier
-        shown, rest = next(iter(self.query(Question))), max(0, message.earlier.count - _FIRST_TURNS)
-        with self.app.batch_update():
-            self._conversation.release_anchor()
-            await self._mount_turns(self._earlier, rest, message.earlier.count, before=shown)
-            await message.earlier.remove()
-            if rest:
-                await self._conversation.mount(Earlier(rest), before=0)
-        shown.focus()
+    @on(Undrawn.Reached)
+    async def _draw(self, message: Undrawn.Reached) -> None:
+        await self._dialogue.draw(message.undrawn)
 
     @on(TurnPart.Wished)
     async def _wish(self, message: TurnPart.Wished) -> None:
@@ -236,7 +205,7 @@ class ChatScreen(Screen[None]):
             self.app.copy_to_clipboard(printable(part.said))
             self.notify("Copied.", timeout=2)
         elif wish in ("up", "down"):
-            self._go(part, -1 if wish == "up" else 1)
+            (self._dialogue.next_to(part, -1 if wish == "up" else 1) or self.prompt).focus()
         elif self._turn:
             self.notify("Esc stops the answer first.", timeout=4)
         else:
@@ -249,7 +218,7 @@ class ChatScreen(Screen[None]):
             await self._switch(question, -1 if wish == "older" else 1)
         elif wish == "branch":
             if part.turn and part.turn != self._leaf:
-                self._set_detour(_Detour(part.turn, self.prompt.text), beyond=self._below(part))
+                self._set_detour(_Detour(part.turn, self.prompt.text), beyond=self._dialogue.after(part))
             self.prompt.focus()
         else:
             self._set_detour(_Detour(question.after, self.prompt.text), beyond=question)
@@ -264,34 +233,16 @@ class ChatScreen(Screen[None]):
             to = question.branches.index(question.turn) + step
             if 0 <= to < len(question.branches):
                 await self.open(self.conversation_id, question.branches[to])
-                for shown in self.query(Question):
-                    if shown.turn == question.branches[to]:
-                        shown.focus()
-
-    def _go(self, part: TurnPart, step: int) -> None:
-        parts = [*self.query(TurnPart)]
-        to = parts.index(part) + step
-        if to >= len(parts):
-            self.prompt.focus()
-        elif to >= 0:
-            parts[to].focus()
-
-    def _below(self, part: TurnPart) -> Widget | None:
-        """The first message below the answer to which this part belongs."""
-        messages = [*self._conversation.children]
-        last = max(at for at, message in enumerate(messages) if getattr(message, "question", None) is part.question)
-        return messages[last + 1] if last + 1 < len(messages) else None
+                self._dialogue.question(question.branches[to]).focus()
 
     def _set_detour(self, detour: _Detour | None, beyond: Widget | None = None) -> None:
         """Where the next question goes. beyond: the first message that will not stand above it, and pales."""
         self._detour = detour
-        paling = False
-        for message in self._conversation.children:
-            paling = paling or message is beyond
-            message.set_class(paling, "beyond")
+        self._dialogue.pale(beyond)
         line = self.query_one("#detour", Static)
         line.update("Enter asks this as another branch; Esc leaves everything as it is.")
         line.display = detour is not None
+        self._weigh()
 
     # What the worker says
 
@@ -313,7 +264,7 @@ class ChatScreen(Screen[None]):
             self.conversation_id, self._answer.turn = message.event.conversation, message.event.turn
             self._answer.question.keep(message.event.turn, message.event.siblings)
         elif isinstance(message.event, Unkept):
-            await self._show(Trouble(message.event.error))
+            await self._dialogue.show(Trouble(message.event.error))
         elif isinstance(message.event, Found):
             self._answer.found(message.event)
         elif isinstance(message.event, Forecast):
@@ -324,6 +275,7 @@ class ChatScreen(Screen[None]):
             self._leaf = answer.turn or self._leaf
             self._saved_ms += await answer.finish(message.event)
             self._show_state()
+            self._weigh()
 
     @on(Failed)
     async def _failed(self, message: Failed) -> None:
@@ -339,7 +291,7 @@ class ChatScreen(Screen[None]):
                 answer.question.keep(START, ())
             if not self.prompt.text:
                 self.prompt.put(turn.question)
-        await self._show(Trouble(message.error))
+        await self._dialogue.show(Trouble(message.error))
 
     @on(Weighed)
     def _weighed(self, message: Weighed) -> None:
@@ -347,7 +299,7 @@ class ChatScreen(Screen[None]):
 
     @on(Noted)
     async def _noted(self, message: Noted) -> None:
-        await self._show(Note(message.lines))
+        await self._dialogue.show(Note(message.lines))
 
     async def _drain(self) -> None:
         """Shows the text that came since the last time."""
@@ -365,52 +317,3 @@ class ChatScreen(Screen[None]):
         self.query_one(StatusLine).show(self.state, self._saved_ms)
         for welcome in self.query(Welcome):
             welcome.show(self.state)
-
-    async def _show(self, *messages: Widget) -> None:
-        await self._conversation.mount(*messages)
-        for old in list(self._conversation.children)[:-_MOST_MESSAGES]:
-            await old.remove()
-
-
-class Welcome(Static):
-    """What an empty conversation says about itself."""
-
-    def show(self, state: State) -> None:
-        parts: list[str | tuple[str, str]] = [
-            ("Quire answers from your own documents.\n", "bold"),
-            "Nothing leaves this computer. What a model computes while it reads a passage is kept on disk, so that"
-            " the first word of an answer comes sooner than if everything were read again.\n\n",
-        ]
-        if state.roots:
-            parts += ["Your folders: ", (", ".join(map(place, state.roots)), "bold"), ". Ask them something.\n"]
-            parts += [
-                "More: ",
-                ("/add ~/notes", "$text-accent"),
-                "   What is cached: ",
-                ("Ctrl+L", "$text-accent"),
-                "\n",
-            ]
-        elif state.model:
-            parts += ["No folder was added yet. To read the one you are in, or any other, type\n\n"]
-            parts += [(f"    /add {place(Path.cwd())}", "$text-accent"), "\n\n"]
-            parts += [("/sample", "$text-accent"), " reads four short texts to try it with; "]
-            parts += [("Ctrl+L", "$text-accent"), " shows folders and what is cached.\n"]
-        if state.bundled:
-            parts += [
-                "\nThe model that came along is small: it finds plain facts in short passages and gets much else"
-                " wrong. ",
-                *_better_model(),
-            ]
-        parts += [("\nF1 help · Ctrl+P commands and themes · Ctrl+Q quit", "dim")]
-        self.update(Content.assemble(*parts))
-
-
-def _better_model() -> list[str | tuple[str, str]]:
-    """Which one to take, and the key that fetches it."""
-    best, keys = models.recommended(), ("F3", "$text-accent")
-    if best is None:
-        return [keys, " shows others.\n"]
-    if best.path.exists():
-        return [(best.title, "bold"), " is here: ", keys, " and Enter use it.\n"]
-    about = f" fits this machine ({best.size_gb:g} GB): "
-    return [(best.title, "bold"), about, ("F4", "$text-accent"), " fetches it, ", keys, " shows others.\n"]

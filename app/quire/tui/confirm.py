@@ -24,8 +24,9 @@ class Confirm(Static, can_focus=True):
     class Answered(Message):
         """Somebody decided."""
 
-        def __init__(self, yes: bool) -> None:
+        def __init__(self, confirm: "Confirm", yes: bool) -> None:
             super().__init__()
+            self.confirm = confirm
             self.yes = yes
 
     def __init__(self, question: str, back_to: Widget | None) -> None:
@@ -47,5 +48,5 @@ class Confirm(Static, can_focus=True):
     def _end(self, yes: bool) -> None:
         if self._open:
             self._open = False
-            self.post_message(self.Answered(yes))
+            self.post_message(self.Answered(self, yes))
             self.remove()

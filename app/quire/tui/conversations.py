@@ -57,8 +57,8 @@ questions and answers.
         Binding("enter", "select", "Open"),
         Binding("r", "change('rename')", "Rename"),
         Binding("d", "change('delete')", "Delete"),
-        Binding("x", "change('markdown')", "Markdown"),
-        Binding("X", "change('json')", "JSON"),
+        Binding("x", "change('markdown')", "Export"),
+        Binding("X", "change('json')", "Export as JSON", show=False),
         Binding("i", "change('import')", "Import", show=False),
     ]
 
@@ -137,7 +137,8 @@ class ConversationsScreen(Screen[None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "leave", "Back"),
-        Binding("ctrl+n", "new", "New chat"),
+        Binding("ctrl+o", "dismiss", show=False),
+        Binding("ctrl+n", "new", "New"),
     ]
 
     class Chosen(Message):

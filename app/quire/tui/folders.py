@@ -51,6 +51,7 @@ class Folders:
         self._touched: deque[frozenset[Path]] = deque()
         self._unread: list[Path] = []  # roots whose files may have changed
         self._unlisted = False
+        self._gone: frozenset[Path] = frozenset()  # roots that were not there when last looked for
         self._edits: tuple[Edit, ...] = ()  # the newest first
         self._watcher: Watcher | None = None
         self.wanted = False
@@ -124,6 +125,7 @@ class Folders:
                 self._host.failed(error)
         self._watch(session)  # before reading: what changes meanwhile is read again
         report = self._index(session, roots)
+        self._gone = frozenset(skipped.path for skipped in report.skipped if skipped.path in roots)
         if new or report.changes or any(skipped.path in roots for skipped in report.skipped):
             self._note(render.index_lines(report))
 
@@ -137,8 +139,11 @@ class Folders:
         roots = session.library.roots()
         report = self._index(session, sorted(p for p in paths if any(p.is_relative_to(root) for root in roots)))
         lost = [f"{s.path.name} cannot be read any more: {s.reason}." for s in report.skipped if s.lost]
-        gone = [f"{s.path} is gone. {s.remedy}" for s in report.skipped if s.path in roots]
-        self._note([*map(render.change_line, report.changes), *lost, *gone])
+        missing = {skipped.path: skipped.remedy for skipped in report.skipped if skipped.path in roots}
+        gone = [f"{path} is gone; its documents are kept. {missing[path]}" for path in missing.keys() - self._gone]
+        back = [f"{path} is there again." for path in (self._gone & paths) - missing.keys()]
+        self._gone = (self._gone - paths) | missing.keys()
+        self._note([*back, *map(render.change_line, report.changes), *lost, *gone])
 
     def _index(self, session: "Session", paths: Sequence[Path]) -> "IndexReport":
         self._host.tell(doing="reading", read_done=0, read_total=0, roots=tuple(session.library.roots()))
@@ -198,6 +203,8 @@ class Folders:
         session.shelf.refresh(lambda: self._host.between(session))
         self.wanted = bool(session.shelf.waiting) and not session.engine.known_reuse_off
         self._host.tell(over_budget=False)
+        if notice := session.take_notice():
+            self._note([notice])
         self._show(session)
 
     def _show(self, session: "Session") -> None:

@@ -6,27 +6,31 @@ last said, and says what somebody wants done. Knows nothing of how it is done.
 
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
 
+from rich.style import Style
 from rich.text import Text
 from textual import events, on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
+from textual.color import Color
 from textual.content import Content
 from textual.coordinate import Coordinate
 from textual.message import Message
 from textual.screen import Screen
+from textual.theme import Theme
 from textual.widgets import DataTable, Footer, ProgressBar, Static
 
 from quire.terminal import printable
 from quire.tui.confirm import Confirm
 from quire.tui.messages import Edit, Letter, LibraryWish, Row, State
-from quire.tui.widgets import activity, place, plain
+from quire.tui.themes import readable
+from quire.tui.words import activity, place, plain
 
-_COLOURS: dict[Letter, str] = {"C": "green", "Q": "yellow", "S": "red"}
+_COLOURS = {"C": "text-success", "Q": "text-warning", "S": "text-error", "P": "text-accent"}
 _ABOUT_WIDTH = 36
 _TOKENS = re.compile(r", [\d,]+ tokens?$")
 _MANY_ROWS = 200  # of so many documents the inner folders are closed at first
@@ -57,6 +61,7 @@ a folder from the library (your files stay), **p** pauses caching.
 """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "dismiss", "Back"),
+        Binding("ctrl+l", "dismiss", show=False),
         Binding("k,space", "pin", "Pin"),
         Binding("r,R", "recache", "Re-cache"),
         Binding("o", "open", "Open"),
@@ -104,6 +109,7 @@ a folder from the library (your files stay), **p** pauses caching.
         self._table.focus()
         self.show(self._latest())
         self._say()
+        self.app.theme_changed_signal.subscribe(self, self._repaint)
 
     @property
     def _table(self) -> DataTable[Text]:
@@ -142,8 +148,11 @@ a folder from the library (your files stay), **p** pauses caching.
         name_width = max(16, (width or self.size.width) - _ABOUT_WIDTH - 14)
         before, self._lines = self._lines, list(lines(state.roots, state.rows, self._folded or frozenset(), name_width))
         about_width = (width or self.size.width) - 14 - max((line.cells[2].cell_len for line in self._lines), default=0)
+        colours = self._colours()
         for line in self._lines:
             _fit(line.cells[3], about_width)
+            for letter in line.cells[:2]:
+                letter.stylize(Style(color=colours[letter.plain].rich_color, bold=True) if letter.plain else "")
         if [line.path for line in before] != [line.path for line in self._lines]:
             self._fill()
             return
@@ -166,7 +175,16 @@ a folder from the library (your files stay), **p** pauses caching.
         skipped = next((r for r in self._state.rows if line and r.path == line.path and r.letter == "S"), None)
         if not text and skipped:
             text = f"{place(skipped.path)}: {printable(skipped.reason)}".replace("\n", " ")
-        self.query_one("#say", Static).update(Content(text) if text else _legend())
+        self.query_one("#say", Static).update(Content(text) if text else _legend(self._colours()))
+
+    def _colours(self) -> dict[str, Color]:
+        """Of the letters, in the present theme."""
+        return {letter: readable(name, self.app.theme_variables) for letter, name in _COLOURS.items()}
+
+    def _repaint(self, _: Theme) -> None:
+        self._lines = []
+        self._show_lines()
+        self._say()
 
     # What the keys do
 
@@ -297,11 +315,11 @@ def _cells(row: Row, name: Text) -> tuple[Text, Text, Text, Text]:
 
 
 def _letter(letter: Letter | None) -> Text:
-    return Text(letter, style=f"bold {_COLOURS[letter]}") if letter else Text("")
+    return Text(letter or "")
 
 
 def _pin(pinned: bool) -> Text:
-    return Text("P" if pinned else "", style="bold magenta")
+    return Text("P" if pinned else "")
 
 
 def _counts(row: Row) -> str:
@@ -329,11 +347,11 @@ def _cut(text: str, width: int) -> str:
 # Sentences
 
 
-def _legend() -> Content:
-    return Content.assemble(
-        ("C", "bold $text-success"), " cached   ", ("Q", "bold $text-warning"), " queued   ",
-        ("S", "bold $text-error"), " skipped   ", ("P", "bold $text-accent"), " pinned",
-    )  # fmt: skip
+def _legend(colours: Mapping[str, Color]) -> Content:
+    words = {"C": " cached   ", "Q": " queued   ", "S": " skipped   ", "P": " pinned"}
+    return Content("").join(
+        Content.assemble((letter, f"bold {colours[letter].css}"), word) for letter, word in words.items()
+    )
 
 
 def progress_line(state: State) -> str:

@@ -4,6 +4,7 @@ Switching says its price in place and asks. Shows what quire.models lists; fetch
 screen is left.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,13 +19,13 @@ from textual.widgets import DataTable, Footer, Input, ProgressBar, Static
 
 from quire import models
 from quire.config import Settings
-from quire.models import Model, Price
+from quire.models import Known, Model, Price
 from quire.terminal import printable
 from quire.tui import pulls
 from quire.tui.confirm import Confirm
 from quire.tui.preferences import Preferences, Wanted
 from quire.tui.pulls import Pull, Puller
-from quire.tui.widgets import place
+from quire.tui.words import place
 from quire_engine.errors import QuireError
 
 
@@ -34,14 +35,15 @@ class ModelsScreen(Screen[None]):
     HELP = """\
 ## Models
 
-**Enter** uses a model of this computer, or fetches one that is not here yet. **f** fetches; **c** stops fetching, and
-what came is kept. **a** fetches from a web address or `organisation/repository/FILE.gguf`, or uses a file of this
-computer. **d** deletes a fetched model; one that lies elsewhere is only forgotten.
+**Enter** uses a model of this computer, or fetches one that is not here yet; its size is said first, and asked.
+**f** fetches; **c** stops fetching, and what came is kept. **a** fetches from a web address or
+`organisation/repository/FILE.gguf`, or uses a file of this computer. **d** deletes a fetched model; one that lies
+elsewhere is only forgotten.
 """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "back", "Back"),
         Binding("f", "fetch", "Fetch"),
-        Binding("c", "stop", "Stop fetching"),
+        Binding("c", "stop", "Stop"),
         Binding("a", "add", "Other ..."),
         Binding("d", "remove", "Delete"),
     ]
@@ -52,7 +54,7 @@ computer. **d** deletes a fetched model; one that lies elsewhere is only forgott
         self._puller = puller
         self._models: list[Model] = []
         self._wanted: Settings | None = None
-        self._removing: Model | None = None
+        self._asked: tuple[Confirm, Callable[[], None]] | None = None  # and what is done after a yes
 
     def compose(self) -> ComposeResult:
         yield Static("", id="heading")
@@ -158,17 +160,20 @@ computer. **d** deletes a fetched model; one that lies elsewhere is only forgott
             self.refused(price)
         else:
             self.say("")
-            self.query_one("#asking").mount(Confirm(price.sentence(), self._table))
+            self._ask(price.sentence(), lambda: self._go_over(wanted))
+        self._wanted = None
+
+    def _ask(self, question: str, yes: Callable[[], None]) -> None:
+        confirm = Confirm(question, self._table)
+        self._asked = confirm, yes
+        self.query_one("#asking").mount(confirm)
 
     @on(Confirm.Answered)
     def _answered(self, event: Confirm.Answered) -> None:
-        if self._removing:
-            model, self._removing = self._removing, None
+        if self._asked and self._asked[0] is event.confirm:
+            yes, self._asked = self._asked[1], None
             if event.yes:
-                self._remove(model)
-        elif self._wanted and event.yes:
-            self._go_over(self._wanted)
-        self._wanted = None
+                yes()
 
     def _go_over(self, wanted: Settings) -> None:
         self.say("Opening the model ...")
@@ -188,14 +193,22 @@ computer. **d** deletes a fetched model; one that lies elsewhere is only forgott
 
     def action_fetch(self) -> None:
         if (model := self._here) and not model.here:
-            self._fetch(model.name)
+            self._offer(model)
 
     def fetch_recommended(self) -> None:
-        """Begins with the model that fits this machine best."""
-        if best := models.recommended():
-            self._fetch(best.name)
-        else:
+        """Offers the model that fits this machine best."""
+        if (best := models.recommended()) is None:
             self.say("This machine has too little memory for a larger model.")
+        elif best.path.exists():
+            self.say(f"{best.title} is here already. Enter uses it.")
+        else:
+            self._offer(best)
+
+    def _offer(self, model: Model | Known) -> None:
+        if self._puller.running:
+            self._fetch(model.name)  # which says why not
+        else:
+            self._ask(models.offer(model), lambda: self._fetch(model.name))
 
     def _fetch(self, source: str) -> None:
         if not self._puller.start(source):
@@ -249,8 +262,7 @@ computer. **d** deletes a fetched model; one that lies elsewhere is only forgott
         if not model or not model.here:
             return
         question = f"Delete {printable(model.title)}?" if model.fetched else f"Forget {printable(model.title)}?"
-        self._removing = model
-        self.query_one("#asking").mount(Confirm(question, self._table))
+        self._ask(question, lambda: self._remove(model))
 
     def _remove(self, model: Model) -> None:
         try:

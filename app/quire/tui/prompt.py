@@ -20,7 +20,7 @@ from textual.widgets import OptionList, Static, TextArea
 from quire.mentions import Place, Places, Unfinished, unfinished
 from quire.terminal import printable, typed
 from quire.tui.messages import State
-from quire.tui.widgets import activity, place
+from quire.tui.words import activity, place
 
 if TYPE_CHECKING:
     from quire.session import Estimate
@@ -302,7 +302,7 @@ def weight(estimate: "Estimate") -> str:
 
 
 class StatusLine(Static):
-    """Folders, what is cached, the model, and the seconds saved so far."""
+    """Folders, what is cached, the model, and how much sooner first words came than after full prefill."""
 
     def show(self, state: State, saved_ms: float) -> None:
         self.update(Content(" · ".join(filter(None, status_parts(state, saved_ms)))))
@@ -315,7 +315,7 @@ def status_parts(state: State, saved_ms: float) -> tuple[str, ...]:
     return (
         cached if not state.reuse_off else "not cached with this model",
         activity(state),
-        f"{saved_ms / 1000:.1f} s saved" if saved_ms else "",
+        f"saved {saved_ms / 1000:.1f} s of full prefill" if saved_ms else "",
         printable(state.model) or "loading the model",
         folders if state.roots else "no folder yet",
     )

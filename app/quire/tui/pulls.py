@@ -8,13 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from threading import Event as Flag
 from threading import Thread
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from textual.message import Message
 
 from quire import crash, models
-from quire.download import Fetching
 from quire_engine.errors import Aborted, QuireError
+
+if TYPE_CHECKING:
+    from quire.download import Fetching
 
 _PAUSE_S = 0.1
 _JOIN_S = 2.0
@@ -93,7 +95,7 @@ class Puller:
         pull, told_at, began = Pull(source), 0.0, time.monotonic()
         first_bytes = -1
 
-        def progress(at: Fetching) -> None:
+        def progress(at: "Fetching") -> None:
             nonlocal pull, told_at, first_bytes
             now = time.monotonic()
             first_bytes = at.done_bytes if first_bytes < 0 else first_bytes

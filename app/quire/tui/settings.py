@@ -21,7 +21,7 @@ from quire.models import Price
 from quire.terminal import printable
 from quire.tui.confirm import Confirm
 from quire.tui.preferences import Preferences, Wanted
-from quire.tui.widgets import place
+from quire.tui.words import place
 from quire_engine.errors import QuireError
 
 
@@ -39,7 +39,8 @@ What costs something says so first. Everything is kept in `config.toml`, with yo
     def __init__(self, preferences: Preferences) -> None:
         super().__init__()
         self._preferences = preferences
-        self._asked: tuple[Settings, SettingRow] | None = None
+        self._asked: tuple[Settings, SettingRow] | None = None  # what it would cost
+        self._going: tuple[Settings, SettingRow] | None = None  # it is being made
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(can_focus=False):
@@ -72,12 +73,11 @@ What costs something says so first. Everything is kept in `config.toml`, with yo
         if value == config.written(getattr(self._preferences.settings, row.setting.name)):
             row.say("")
             return
-        if self._asked:
-            if self._asked[1] is row:
-                return  # it is being asked about
-            self._asked[1].show(self._preferences.settings)
         try:
             wanted = self._preferences.with_value(row.setting.name, value)
+            if any(wanted == known[0] for known in (self._asked, self._going) if known):
+                return
+            self._withdraw(row)
             if wanted == self._preferences.settings:
                 row.show(wanted)  # the same, written otherwise
             elif self._preferences.ask_price(wanted):
@@ -86,7 +86,14 @@ What costs something says so first. Everything is kept in `config.toml`, with yo
             else:
                 self._go_over(wanted, row)
         except QuireError as error:
+            self._withdraw(row)
             row.refuse(error)
+
+    def _withdraw(self, other: "SettingRow") -> None:
+        """Something else is wanted than what was being asked about."""
+        if self._asked and self._asked[1] is not other:
+            self._asked[1].show(self._preferences.settings)
+        self._asked = None
 
     # What comes back
 
@@ -115,20 +122,20 @@ What costs something says so first. Everything is kept in `config.toml`, with yo
 
     def _go_over(self, wanted: Settings, row: "SettingRow") -> None:
         name = row.setting.name
-        self._asked = (wanted, row)
+        self._asked, self._going = None, (wanted, row)
         if name not in config.COUNTS_AT_ONCE:
             row.say("Opening the model ...")
         self.app.post_message(Wanted(name, getattr(wanted, name)))
 
     def refused(self, error: QuireError) -> None:
         """The change could not be made; everything is as before."""
-        if self._asked:
-            row, self._asked = self._asked[1], None
-            row.refuse(error)
+        if self._going:
+            self._going[1].refuse(error)
+            self._going = None
 
     def changed(self, settings: Settings) -> None:
         """There are new settings."""
-        self._asked = None
+        self._asked = self._going = None
         for row in self.query(SettingRow):
             row.show(settings)
 

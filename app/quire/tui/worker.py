@@ -59,6 +59,13 @@ __all__ = [
     "Worker",
 ]
 
+# What the command line would do, and where it is done here.
+_HERE = (
+    ("Ask with fewer passages (--context-tokens)", "Choose fewer context_tokens (F2), name fewer @files"),
+    ("Add one: quire add ~/notes", "Add one: /add ~/notes; or try /sample"),
+    ("quire status", "Ctrl+L"),
+    ("with --model, or see: quire models", "in the models screen (F3)"),
+)
 _TYPING_SECONDS = 2.0  # caching waits this long after a keystroke
 _JOIN_SECONDS = 5.0  # what cannot be interrupted (loading a model) takes less, except on a very busy machine
 
@@ -340,4 +347,9 @@ class Worker:
 
 
 def _explained(error: Exception) -> QuireError:
-    return error if isinstance(error, QuireError) else crash.explained(error)
+    if not isinstance(error, QuireError):
+        return crash.explained(error)
+    hint = error.hint
+    for elsewhere, here in _HERE:
+        hint = hint.replace(elsewhere, here)
+    return error if hint == error.hint else QuireError(error.message, hint, error.details)
