@@ -1,19 +1,26 @@
 """What Quire is measured against: the same prompt by full prefill, by prefix reuse, and by plain llama-cpp-python.
 
-Used by benchmarks only. All take the same segmented token ids and return milliseconds to the first token's scores.
+Used by benchmarks only. All take the same segmented token ids. Also llama.cpp's own answer to large KV: a cache of
+another type.
 """
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from quire_engine.chunks import ChunkCache
 from quire_engine.kv.transfer import Placement
 from quire_engine.plan import Prompt
 from quire_engine.runtimes.base import Runtime
+from quire_engine.types import Float32, ModelShape
 
 
 def prefix_only_ms(runtime: Runtime, chunks: ChunkCache, prompt: Prompt) -> float:
-    """What a prefix cache saves when the best passage stayed first: preamble and that passage reused, rest computed."""
+    """What a prefix cache saves when the best passage stayed first: preamble and that passage reused, rest computed.
+    Milliseconds to the first token's scores."""
     began = time.perf_counter()
     runtime.rewind(0)
     with chunks.store.open(prompt.opening.key) as first, chunks.store.open(prompt.chunks[0].key) as second:
@@ -44,6 +51,60 @@ class PlainLlama:
         self._llama.eval(list(tokens))
         self._llama.sample(temp=0.0)
         return 1000 * (time.perf_counter() - began)
+
+    def close(self) -> None:
+        self._llama.close()
+
+
+@dataclass(frozen=True)
+class KVType:
+    """A type of llama.cpp's KV cache. number: ggml's.  block: channels of a head that share a scale."""
+
+    number: int
+    bits_per_value: float
+    block: int = 32
+
+
+KV_TYPES = {"q8_0": KVType(8, 8.5), "q4_0": KVType(2, 4.5)}
+
+
+class QuantizedLlama:
+    """llama-cpp-python with a KV cache of one of llama.cpp's own types, in Quire's batch shapes: full prefill only."""
+
+    def __init__(self, model_file: Path, context_tokens: int, threads: int, kv_type: KVType) -> None:
+        from llama_cpp import Llama
+
+        from quire_engine.runtimes.llama_context import BATCH_TOKENS
+
+        self._llama = Llama(
+            str(model_file),
+            n_ctx=context_tokens,
+            n_batch=BATCH_TOKENS,
+            n_ubatch=BATCH_TOKENS,
+            n_threads=threads,
+            n_threads_batch=threads,
+            flash_attn=True,  # other attention takes no quantised values
+            type_k=kv_type.number,
+            type_v=kv_type.number,
+            verbose=False,
+        )
+
+    @staticmethod
+    def takes(shape: ModelShape, kv_type: KVType) -> bool:
+        """Whether a model's heads can be cut into the type's blocks."""
+        return shape.key_dim % kv_type.block == 0 and shape.value_dim % kv_type.block == 0
+
+    def rewind(self, tokens: int) -> int:
+        self._llama.n_tokens = tokens
+        return tokens
+
+    def extend(self, tokens: Sequence[int]) -> Float32:
+        """Appends tokens; scores of the next one [vocabulary]."""
+        import llama_cpp
+
+        self._llama.eval(list(tokens))
+        pointer = llama_cpp.llama_get_logits_ith(self._llama.ctx, -1)
+        return np.ctypeslib.as_array(pointer, (self._llama.n_vocab(),)).copy()
 
     def close(self) -> None:
         self._llama.close()

@@ -7,6 +7,7 @@ prompt and at any place. Knows nothing of questions or documents.
 
 import hashlib
 import struct
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
@@ -33,7 +34,10 @@ def identity(fingerprint: bytes, preamble: Sequence[int], plan: BitPlan) -> byte
     digest.update(fingerprint)
     digest.update(struct.pack("<II", format.VERSION, len(preamble)))
     digest.update(np.asarray(preamble, dtype="<u4").tobytes())
+    digest.update(f"{plan.grid}; {plan.sinks} sinks".encode())
     digest.update(bytes(plan.k_bits) + bytes(plan.v_bits))
+    digest.update(bytes(layer in plan.v_by_channel for layer in range(len(plan.v_bits))))
+    digest.update(b"".join(bytes([len(widths) > 0]) + widths for widths in plan.k_widths))
     return digest.digest()
 
 
@@ -72,13 +76,26 @@ class ChunkCache:
 
         sensitivities: measure that score too, which takes a second reading.
         """
+        with self.store.claimed(segment.key):  # whoever needs it at once does not wait for another process
+            self._encode(runtime, segment, sensitivities)
+
+    def encode_ahead(self, runtime: Runtime, segment: Segment) -> bool:
+        """As encode, unless another process is at it: then False. One that is stored already stays as it is."""
+        with self.store.claimed(segment.key) as mine:
+            if mine and not self.store.has(segment.key):
+                self._encode(runtime, segment, sensitivities=False)
+            return mine
+
+    def _encode(self, runtime: Runtime, segment: Segment, sensitivities: bool) -> None:
+        began = time.perf_counter()
         if segment == self.preamble:
             kv = ChunkKV(*runtime.encode((), segment.tokens), scores={})
             plan = BitPlan.uniform(runtime.shape.layers, _EXACT_BITS, _EXACT_BITS)
         else:
             kv, plan = self._read(runtime, segment.tokens, sensitivities), self._plan
         packed = codec.encode(kv, plan, codec.text_order(kv.tokens))
-        self.store.write(segment.key, format.to_bytes(packed, bytes.fromhex(segment.key)))
+        data = format.to_bytes(packed, bytes.fromhex(segment.key))
+        self.store.write(segment.key, data, time.perf_counter() - began)
 
     def _read(self, runtime: Runtime, tokens: tuple[int, ...], sensitivities: bool) -> ChunkKV:
         """The chunk's KV behind the preamble, and the scores that selectors want later."""

@@ -20,8 +20,10 @@ from quire_engine.clock import Clock
 from quire_engine.costs import Costs
 from quire_engine.errors import Aborted, ContextOverflow
 from quire_engine.forecast import Work
-from quire_engine.kv.store import KVStore
+from quire_engine.kv.catalogue import Catalogue
 from quire_engine.plan import Prompt, Segment
+from quire_engine.precision import plans
+from quire_engine.precision import profile as profiles
 from quire_engine.prefill import Prefill
 from quire_engine.prompt import PromptWriter, Wording
 from quire_engine.runtimes import choose
@@ -31,6 +33,7 @@ from quire_engine.turns import Turn, Turns
 from quire_engine.types import Answered, BitPlan, Event, Exchange, Float32, Forecast, Limits, Text, Timings, TokenCounts
 
 DIALS = {"fast": 0.08, "balanced": 0.16, "exact": 1.0}
+_TURNS_BITS = 8  # of a conversation, whose KV nothing computes again
 _SCRATCH_TOKENS = 512  # room in the runtime for the probe's copy of the question and for rounding to whole spans
 
 
@@ -41,14 +44,15 @@ def never() -> bool:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """wording: system prompt and the words around documents.  threads: 0 takes all cores.  k_bits, v_bits: width of
-    stored keys and values.  chunk_tokens: the longest passage; models with a short context get less."""
+    """wording: system prompt and the words around documents.  threads: 0 takes all cores.  precision: of stored keys
+    and values, one of `plans.NAMES`.  chunk_tokens: the longest passage; models with a short context get less.
+    profiles: folders with precision profiles of models; new ones go into the first."""
 
     wording: Wording
     threads: int = 0
-    k_bits: int = 8
-    v_bits: int = 8
+    precision: str = "default"
     chunk_tokens: int = 512
+    profiles: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,15 +87,19 @@ class Engine:
         self.vocabulary = choose.vocabulary(model_file)
         template = str(self._model.metadata.get("tokenizer.chat_template", ""))
         self._writer = PromptWriter(self.vocabulary, template, settings.wording)
-        bits = BitPlan.uniform(self.shape.layers, settings.k_bits, settings.v_bits)
         fingerprint = gguf.fingerprint(self._model)
+        self.profile = plans.find(fingerprint, settings.profiles)
+        self._profile_name = plans.file_name(fingerprint)
+        bits = plans.named(settings.precision, self.shape, self.profile)
+        of_turns = BitPlan.uniform(self.shape.layers, _TURNS_BITS, _TURNS_BITS)
         self.tokenizer_id = fingerprint.hex()[:16]  # token counts are good as long as this stays the same
         identity = chunks.identity(fingerprint, self._writer.preamble, bits)
         name = identity.hex()[:16]
         unrelated = self.vocabulary.tokenize(sensitivity.UNRELATED_TEXT)[: sensitivity.UNRELATED_TOKENS]
-        store = KVStore(cache_dir / "kv" / name)
+        self.catalogue = Catalogue.of(cache_dir)
+        store = self.catalogue.store(name, self.model_name)
         self.chunks = ChunkCache(store, identity, bits, self._writer.preamble, tuple(unrelated))
-        self.turns = Turns(KVStore(cache_dir / "kv" / f"turns-{name}"), identity, bits)
+        self.turns = Turns(self.catalogue.store(turns.STORE_PREFIX + name, self.model_name), identity, of_turns)
         self._verdict_file = cache_dir / "checks" / f"{name}.json"
         self._costs_file = cache_dir / "costs" / f"{name}.json"
 
@@ -163,6 +171,25 @@ class Engine:
         verdict = selfcheck.load(self._verdict_file)
         return costs.load(self._costs_file) or (verdict.costs if verdict else None)
 
+    def measure_precision(
+        self, passages: Sequence[str], on_progress: Callable[[int, int], None], should_stop: Callable[[], bool] = never
+    ) -> None:
+        """Finds out what rounding keys and values costs this model's answers, and keeps it: from the next opening on,
+        precision plans follow from it. Takes minutes, and memory for all weights in float32.
+
+        on_progress: steps done, and all of them.  Raises Aborted soon after should_stop() turns true.
+        """
+        from quire_engine.precision import calibrate  # needs torch, which takes its time to load
+
+        cases = calibrate.cases(self._writer, passages)
+        self.profile = calibrate.run(self.model_file, cases, on_progress, should_stop)
+        profiles.save(self.profile, self._settings.profiles[0] / self._profile_name)
+
+    def plan_sizes(self) -> dict[str, float]:
+        """Bits per value of whole files under every precision plan, for short passages; by name."""
+        plan = {name: plans.named(name, self.shape, self.profile) for name in plans.NAMES}
+        return {name: profiles.file_bits_per_value(of_name, self.shape) for name, of_name in plan.items()}
+
     # Caching
 
     def count_tokens(self, text: str) -> int:
@@ -181,16 +208,19 @@ class Engine:
     def is_cached(self, passage: str) -> bool:
         return self.chunks.has(self._segment(passage))
 
-    def cache(self, passages: Sequence[str], should_stop: Callable[[], bool] = never) -> None:
-        """Stores the KV of those passages that are not stored yet.
+    def cache(self, passages: Sequence[str], should_stop: Callable[[], bool] = never) -> frozenset[str]:
+        """Stores the KV of those passages that are not stored yet; returns those left out because another process is
+        computing them right now.
 
         Raises Aborted soon after should_stop() turns true; what was finished is kept.
         """
         if self.reuse_off:
-            return
+            return frozenset()
+        segments = [self._segment(passage) for passage in passages]
         with self.runtime.abortable(should_stop):
-            for segment in self.chunks.missing([self.chunks.preamble, *map(self._segment, passages)]):
-                self.chunks.encode(self.runtime, segment)
+            lacking = self.chunks.missing([self.chunks.preamble, *segments])
+            left = [segment for segment in lacking if not self.chunks.encode_ahead(self.runtime, segment)]
+        return frozenset(passage for passage, segment in zip(passages, segments, strict=True) if segment in left)
 
     # Answering
 
@@ -233,7 +263,8 @@ class Engine:
         if request.keep:
             said = replace(line.asked, answer=answer)
             key = self.turns.keys([*(turn.exchange for turn in line.earlier), said], request.ratio >= 1)[-1]
-            self.turns.keep(self.runtime, key, self._stores_turns(request))
+            took_ms = sum(ms for step, ms in clock.steps.items() if step != "resume")
+            self.turns.keep(self.runtime, key, self._stores_turns(request), took_ms / 1000)
 
     def _line(self, request: Request) -> "_Line":
         """The turns as they stand in the context."""

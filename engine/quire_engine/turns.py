@@ -6,6 +6,7 @@ address covers everything before it, so branches share what they have in common.
 """
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from quire_engine.kv.store import KVStore
 from quire_engine.kv.transfer import DamagedPlacements, Placement
 from quire_engine.runtimes.base import Runtime
 from quire_engine.types import BitPlan, ChunkKV, Exchange
+
+STORE_PREFIX = "turns-"  # of the name of the store beside that of the passages
 
 
 @dataclass(frozen=True)
@@ -122,18 +125,20 @@ class Turns:
         for turn in turns[len(self._held) :]:
             before = runtime.live_tokens
             if not (load and self._load(runtime, turn.key)):
+                began = time.perf_counter()
                 computed += read(turn.exchange)
                 if load:
-                    self._save(runtime, turn.key, before)
+                    self._save(runtime, turn.key, before, time.perf_counter() - began)
             self._held.append((turn.key, runtime.live_tokens))
         return computed
 
-    def keep(self, runtime: Runtime, key: str, save: bool) -> None:
-        """The live sequence has grown by one turn. save: on disk too, if it takes it."""
+    def keep(self, runtime: Runtime, key: str, save: bool, seconds: float) -> None:
+        """The live sequence has grown by one turn. save: on disk too, if it takes it.  seconds: that reading the turn
+        took."""
         start = self._held[-1][1] if self._held else 0
         self._held.append((key, runtime.live_tokens))
         if save:
-            self._save(runtime, key, start)
+            self._save(runtime, key, start, seconds)
 
     def _load(self, runtime: Runtime, key: str) -> bool:
         try:
@@ -149,8 +154,8 @@ class Turns:
         runtime.adopt()
         return True
 
-    def _save(self, runtime: Runtime, key: str, start: int) -> None:
+    def _save(self, runtime: Runtime, key: str, start: int, seconds: float) -> None:
         k_pre, v = runtime.rows(start, runtime.live_tokens)
         packed = codec.encode(ChunkKV(k_pre, v, {}), self._plan, codec.text_order(len(k_pre[0])))
         with suppress(UnwritableStore):  # a conversation goes on without it; reopening reads again
-            self.store.write(key, format.to_bytes(packed, bytes.fromhex(key)))
+            self.store.write(key, format.to_bytes(packed, bytes.fromhex(key)), seconds, uses=1.0)

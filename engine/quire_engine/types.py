@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 Float32 = npt.NDArray[np.float32]
 Float16 = npt.NDArray[np.float16]
+GridName = Literal["midrise", "minmax"]
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,21 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class BitPlan:
-    """Bits per stored value, one entry per layer; 16 stores float16 as it is."""
+    """How precisely a chunk is stored: bits per value, one entry per layer; 16 stores float16 as it is.
+
+    grid: the numbers that codes stand for, see quire_kernels.grids; "minmax" is KVmix's.
+    sinks: first tokens of a chunk that are stored exactly, 0..255.
+    k_widths: for every layer the bits of each key channel, 0..8, of which k_bits is the largest; no bytes where all
+    have k_bits, and nothing at all where that holds for every layer.
+    v_by_channel: layers whose values form groups along tokens, as keys do; those of others along channels.
+    """
 
     k_bits: tuple[int, ...]
     v_bits: tuple[int, ...]
+    grid: GridName = "midrise"
+    sinks: int = 4
+    k_widths: tuple[bytes, ...] = ()
+    v_by_channel: tuple[int, ...] = ()
 
     @classmethod
     def uniform(cls, layers: int, k_bits: int, v_bits: int) -> "BitPlan":

@@ -1,25 +1,25 @@
 """Placing: packed keys and values of one layer -> float16 rows of a prompt's KV, at their positions.
 
-The CPU form of the load kernel. Knows nothing of files, chunks or runtimes. The specification is one line of
-the other modules, `rotate(dequantize_keys(unpack(...)))` cast to float16; this does the same in fewer passes
-over memory. A long prompt places tens of millions of numbers before its first word appears.
+The CPU form of the load kernel. Its specification is `rotate(dequantize(tensor))` cast to float16; placing does the
+same in fewer passes over memory. A long prompt places tens of millions of numbers before its first word appears.
+Knows nothing of files, chunks or runtimes.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from quire_kernels.planes import unpack
-from quire_kernels.quantize import GROUP, Grid
+from quire_kernels.grids import FLOAT16_MAX, Grid, power_of_two
+from quire_kernels.planes import plane_bytes, unpack, unpack_by_width
+from quire_kernels.quantize import spread_over_channels, spread_over_tokens
 from quire_kernels.rope import Layout, rotate_inplace
 
 Float16 = npt.NDArray[np.float16]
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 
-FLOAT16_MAX = 65504.0
 # Rotation can lengthen one channel of a pair by this much.
 _ROTATION_GAIN = float(np.sqrt(2.0))
 # Numbers in work at once: as float32 they should stay in a core's second-level cache.
@@ -30,17 +30,45 @@ _TILE_NUMBERS = 1 << 17
 class PackedTensor:
     """Rows of one layer's keys or values: the top planes of `bits`-bit codes and the grid they lie on.
 
-    planes: [at most bits, ceil(rows * channels / 8)], see `planes.pack`; channels are those of all heads.
+    planes: see `planes.pack`; channels are those of all heads.  by_channel: groups run along tokens, as those of keys
+    do.  widths: [channels] bits of each, at most `bits`; empty where all have `bits`.
     """
 
-    planes: UInt8
+    planes: tuple[UInt8, ...]
     bits: int
     rows: int
     channels: int
     grid: Grid
+    by_channel: bool
+    widths: UInt8 = field(default_factory=lambda: np.zeros(0, np.uint8))
+
+    def codes(self, start: int, stop: int) -> UInt8:
+        """Rows start..stop as codes of as many bits as there are planes [rows, channels]. start: a multiple of 8."""
+        if len(self.widths):
+            return unpack_by_width(self.planes, self.widths, start, stop)
+        first, last = start * self.channels // 8, plane_bytes(stop * self.channels)
+        codes = unpack([plane[first:last] for plane in self.planes], (stop - start) * self.channels)
+        return codes.reshape(stop - start, self.channels)
+
+    def affine(self) -> tuple[Float32, Float32]:
+        """(step, low) of every group: such a code q means low + q * step."""
+        kept = len(self.planes)
+        if not len(self.widths):
+            return self.grid.affine(self.bits, kept)
+        widths = self.widths.astype(np.int64)
+        read = np.minimum(widths, kept)
+        step, low = self.grid.affine(widths, read)
+        return step * power_of_two(read - kept), low
 
 
 Tensor = PackedTensor | Float16  # float16 [rows, channels] where nothing was packed
+
+
+def dequantize(tensor: PackedTensor) -> Float32:
+    """The numbers that are left of a tensor [rows, channels]."""
+    spread, length = (spread_over_tokens, tensor.rows) if tensor.by_channel else (spread_over_channels, tensor.channels)
+    step, low = (spread(a, length, tensor.grid.GROUP) for a in tensor.affine())
+    return tensor.codes(0, tensor.rows) * step + low
 
 
 def place_keys(keys: Tensor, cos: Float32, sin: Float32, layout: Layout, kv_heads: int, out: Float16) -> None:
@@ -53,12 +81,7 @@ def place_keys(keys: Tensor, cos: Float32, sin: Float32, layout: Layout, kv_head
         rotate_inplace(_by_head(k, kv_heads), cos, sin, layout)
         _write_half(k, out, limit=True)
         return
-    step, low = keys.grid.affine(keys.bits, len(keys.planes))
-    limit = _overflows(keys, step, low, _ROTATION_GAIN)
-    for rows, codes in _tiles(keys):
-        k = codes.astype(np.float32)
-        groups = slice(rows.start // GROUP, -(-rows.stop // GROUP))
-        _affine_keys(k, step[groups], low[groups])
+    for rows, k, limit in _tiles(keys, _ROTATION_GAIN):
         rotate_inplace(_by_head(k, kv_heads), cos[rows], sin[rows], layout)
         _write_half(k, out[rows], limit)
 
@@ -68,23 +91,25 @@ def place_values(values: Tensor, out: Float16) -> None:
     if not isinstance(values, PackedTensor):
         out[...] = values
         return
-    step, low = values.grid.affine(values.bits, len(values.planes))
-    limit = _overflows(values, step, low, gain=1.0)
-    for rows, codes in _tiles(values):
-        v = codes.astype(np.float32)
-        _affine_values(v, step[rows], low[rows])
+    for rows, v, limit in _tiles(values, gain=1.0):
         _write_half(v, out[rows], limit)
 
 
-def _tiles(tensor: PackedTensor) -> Iterator[tuple[slice, UInt8]]:
-    """Row ranges of whole groups and their codes [rows, channels]."""
-    tile = max(GROUP, _TILE_NUMBERS // tensor.channels // GROUP * GROUP)
+def _tiles(tensor: PackedTensor, gain: float) -> Iterator[tuple[slice, Float32, bool]]:
+    """Row ranges of whole groups, their numbers [rows, channels], and whether they may leave float16's range."""
+    step, low = tensor.affine()
+    limit = _overflows(tensor, step, low, gain)
+    group = tensor.grid.GROUP
+    tile = max(group, _TILE_NUMBERS // tensor.channels // group * group)
     for start in range(0, tensor.rows, tile):
         rows = slice(start, min(start + tile, tensor.rows))
-        count = (rows.stop - rows.start) * tensor.channels
-        first = start * tensor.channels // 8  # whole: a group has 64 rows
-        codes = unpack(tensor.planes[:, first : first + -(-count // 8)], count)
-        yield rows, codes.reshape(-1, tensor.channels)
+        x = tensor.codes(rows.start, rows.stop).astype(np.float32)
+        if tensor.by_channel:
+            groups = slice(rows.start // group, -(-rows.stop // group))
+            _affine_by_channel(x, step[groups], low[groups], group)
+        else:
+            _affine_by_token(x, step[rows], low[rows], group)
+        yield rows, x, limit
 
 
 def _by_head(k: Float32, kv_heads: int) -> Float32:
@@ -92,26 +117,26 @@ def _by_head(k: Float32, kv_heads: int) -> Float32:
     return k.reshape(len(k), kv_heads, k.shape[1] // kv_heads)
 
 
-def _affine_keys(k: Float32, step: Float32, low: Float32) -> None:
+def _affine_by_channel(k: Float32, step: Float32, low: Float32, group: int) -> None:
     """k [rows, channels] becomes low + k * step, both [token groups, channels]."""
-    whole = len(k) // GROUP
-    groups = k[: whole * GROUP].reshape(whole, GROUP, k.shape[1])
+    whole = len(k) // group
+    groups = k[: whole * group].reshape(whole, group, k.shape[1])
     groups *= step[:whole, None]
     groups += low[:whole, None]
-    if len(k) % GROUP:
-        k[whole * GROUP :] *= step[whole]
-        k[whole * GROUP :] += low[whole]
+    if len(k) % group:
+        k[whole * group :] *= step[whole]
+        k[whole * group :] += low[whole]
 
 
-def _affine_values(v: Float32, step: Float32, low: Float32) -> None:
+def _affine_by_token(v: Float32, step: Float32, low: Float32, group: int) -> None:
     """v [rows, channels] becomes low + v * step, both [rows, channel groups]."""
-    whole = v.shape[1] // GROUP
-    groups = v[:, : whole * GROUP].reshape(len(v), whole, GROUP)
+    whole = v.shape[1] // group
+    groups = v[:, : whole * group].reshape(len(v), whole, group)
     groups *= step[:, :whole, None]
     groups += low[:, :whole, None]
-    if v.shape[1] % GROUP:
-        v[:, whole * GROUP :] *= step[:, whole:]
-        v[:, whole * GROUP :] += low[:, whole:]
+    if v.shape[1] % group:
+        v[:, whole * group :] *= step[:, whole:]
+        v[:, whole * group :] += low[:, whole:]
 
 
 def _overflows(tensor: PackedTensor, step: Float32, low: Float32, gain: float) -> bool:

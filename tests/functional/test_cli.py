@@ -97,7 +97,7 @@ class Home:
         return file
 
     def store(self) -> KVStore:
-        [root] = (self.folder / "cache" / "kv").iterdir()
+        [root] = (path for path in (self.folder / "cache" / "kv").iterdir() if path.is_dir())
         return KVStore(root)
 
 
@@ -565,6 +565,7 @@ def test_two_processes_may_cache_the_same_folder(fresh: Home, tmp_path: Path) ->
     state = fresh.status()
     assert (state["documents"], state["passages"], state["cached"]) == (5, 5, 5)
     assert len(fresh.kv()) == 6
+    assert fresh.store().total_written_bytes() == fresh.store().size_bytes(), "no work was done twice"
     assert not list((fresh.folder / "cache").rglob("*.tmp"))
 
 

@@ -26,10 +26,10 @@ def test_without_anything_the_defaults_hold() -> None:
 
 
 def test_precedence_is_override_environment_file_default() -> None:
-    write_config("max_tokens = 11\nthreads = 12\nk_bits = 4\n")
+    write_config("max_tokens = 11\nthreads = 12\nprecision = 'tiny'\n")
     environ = {"QUIRE_MAX_TOKENS": "21", "QUIRE_THREADS": "22"}
     settings = load({"max_tokens": 31}, environ)
-    assert (settings.max_tokens, settings.threads, settings.k_bits, settings.v_bits) == (31, 22, 4, 8)
+    assert (settings.max_tokens, settings.threads, settings.precision, settings.chunk_tokens) == (31, 22, "tiny", 512)
 
 
 def test_values_become_their_types() -> None:
@@ -52,14 +52,14 @@ def test_empty_values_fall_back() -> None:
         ("dail = 'fast'", "dail", "Did you mean dial?"),
         ("zzz = 1", "zzz", "model, dial"),
         ("dial = 'quick'", "'quick'", "fast, balanced, exact"),
-        ("max_tokens = 0", "max_tokens", "from 1 to 100000"),
+        ("max_tokens = 0", "max_tokens", "from 1 to 100,000"),
         ("max_tokens = true", "True", "a whole number"),
         ("max_tokens = 1.5", "1.5", "a whole number"),
         ("max_tokens = [1]", "[1]", "a whole number"),
         ("temperature = nan", "nan", "from 0 to 2"),
         ("ratio = 1.5", "1.5", "from 0 to 1"),
-        ("k_bits = 5", "5", "2, 3, 4, 8, 16"),
-        ("k_bits = true", "True", "2, 3, 4, 8, 16"),
+        ("precision = 'small'", "small", "safe, default, compact, tiny, kvmix, fp16"),
+        ("precision = true", "True", "safe, default, compact, tiny, kvmix, fp16"),
         ("model = 3", "3", "GGUF"),
         ("selector = ' '", "selector", "a name"),
         ("dial = ", "not valid TOML", "Correct"),
@@ -127,7 +127,7 @@ def test_saving_keeps_comments_order_and_the_rest() -> None:
     assert file.read_text() == text.replace("fast", "exact")
     config.save({"max_tokens": "99", "animations": "off"})
     assert file.read_text().startswith(text.replace("fast", "exact"))
-    assert "\n# longest answer (a whole number from 1 to 100000)\nmax_tokens = 99\n" in file.read_text()
+    assert "\n# longest answer (a whole number from 1 to 100,000)\nmax_tokens = 99\n" in file.read_text()
     settings = load(environ={})
     assert (settings.dial, settings.max_tokens, settings.animations) == ("exact", 99, False)
 
@@ -212,8 +212,8 @@ def test_every_value_can_be_written_and_read_again() -> None:
 
 
 def test_where_a_value_comes_from() -> None:
-    write_config("threads = 2\nk_bits = 4\n")
+    write_config("threads = 2\nprecision = 'tiny'\n")
     _, origins = config.in_force({"dial": "fast"}, {"QUIRE_THREADS": "3"})
-    assert [origins[name] for name in ("dial", "threads", "k_bits", "v_bits")] == [
+    assert [origins[name] for name in ("dial", "threads", "precision", "chunk_tokens")] == [
         "flag", "environment", "file", "default",
     ]  # fmt: skip

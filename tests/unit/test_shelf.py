@@ -1,9 +1,9 @@
 """What is cached, in which order, and what has to go: with real index and store, and an engine that writes bytes."""
 
 import hashlib
-import os
+import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,18 @@ from quire.chunking import Passage
 from quire.library import Library, StoredDocument
 from quire.shelf import CacheProgress, Shelf
 from quire_engine.errors import Aborted
+from quire_engine.kv.catalogue import Catalogue
 from quire_engine.kv.store import KVStore
 
 MODEL = "0123456789abcdef"
 PREAMBLE = "f" * 64
 TOKENS = 10
 BYTES = 1000  # of a stored passage
+SECONDS = 2.0  # that making it took
+
+
+def address(passage: str) -> str:
+    return hashlib.sha256(passage.encode()).hexdigest()
 
 
 class WritingEngine:
@@ -28,6 +34,8 @@ class WritingEngine:
         self.batches: list[list[str]] = []
         self.addressed = 0
         self.abort_after = -1
+        self.elsewhere: set[str] = set()  # what another process is computing
+        self.opening = 0  # bytes of what is stored with the first passage
 
     @property
     def read(self) -> list[str]:
@@ -35,14 +43,18 @@ class WritingEngine:
 
     def address(self, passage: str) -> str:
         self.addressed += 1
-        return hashlib.sha256(passage.encode()).hexdigest()
+        return address(passage)
 
-    def cache(self, passages: Sequence[str], should_stop: Callable[[], bool]) -> None:
+    def cache(self, passages: Sequence[str], should_stop: Callable[[], bool]) -> Collection[str]:
         self.batches.append(list(passages))
+        if self.opening and not self._store.has(PREAMBLE):
+            self._store.write(PREAMBLE, bytes(self.opening))
         for number, passage in enumerate(passages):
             if number == self.abort_after:
                 raise Aborted
-            self._store.write(hashlib.sha256(passage.encode()).hexdigest(), bytes(BYTES))
+            if passage not in self.elsewhere:
+                self._store.write(address(passage), bytes(BYTES), SECONDS)
+        return [passage for passage in passages if passage in self.elsewhere]
 
 
 class Place:
@@ -50,13 +62,14 @@ class Place:
 
     def __init__(self, base: Path, limit_bytes: int = 0) -> None:
         self.library = Library(base / "index.sqlite")
-        self.store = KVStore(base / "kv" / MODEL)
-        self.turns = KVStore(base / "kv" / f"turns-{MODEL}")
+        self.catalogue = Catalogue(base / "kv")
+        self.store = self.catalogue.store(MODEL)
+        self.turns = self.catalogue.store(f"turns-{MODEL}")
         self.engine = WritingEngine(self.store)
         self.shelf = self.another(limit_bytes)
 
     def another(self, limit_bytes: int = 0) -> Shelf:
-        shelf = Shelf(self.library, self.engine, self.store, self.turns, PREAMBLE)
+        shelf = Shelf(self.library, self.engine, self.catalogue, self.store, self.turns, PREAMBLE)
         shelf.limit_bytes = limit_bytes
         return shelf
 
@@ -69,14 +82,22 @@ class Place:
         return self.shelf.cache(lambda _: None, should_stop)
 
     def age(self, text: str, days: float) -> None:
-        key = hashlib.sha256(text.encode()).hexdigest()
-        [file] = self.store.root.rglob(f"{key}.kv")
-        os.utime(file, (time.time() - 86400 * days,) * 2)
+        """As if it had been used for the last time then."""
+        self.age_key(self.store, address(text), days)
+
+    def age_key(self, store: KVStore, key: str, days: float) -> None:
+        self.catalogue.close()
+        with sqlite3.connect(self.catalogue.root / "catalogue.sqlite") as db:
+            at = (time.time() - 86400 * days, store.root.name, key)
+            assert db.execute("UPDATE chunks SET used_at = ? WHERE store = ? AND key = ?", at).rowcount == 1
+        db.close()
+
+    def use(self, text: str) -> None:
+        self.catalogue.used(MODEL, address(text))
 
     def cached(self) -> set[str]:
         keys = set(self.store.keys())
-        texts = [chunk.text for chunk in self.library.all_chunks()]
-        return {text for text in texts if hashlib.sha256(text.encode()).hexdigest() in keys}
+        return {chunk.text for chunk in self.library.all_chunks() if address(chunk.text) in keys}
 
 
 @pytest.fixture
@@ -142,7 +163,8 @@ def test_an_address_is_found_once(place: Place) -> None:
 def test_another_model_has_addresses_of_its_own(place: Place, tmp_path: Path) -> None:
     place.add("/d/a.md", "a")
     place.cache()
-    other = Shelf(place.library, place.engine, KVStore(tmp_path / "kv" / "fedcba9876543210"), place.turns, PREAMBLE)
+    store = place.catalogue.store("fedcba9876543210")
+    other = Shelf(place.library, place.engine, place.catalogue, store, place.turns, PREAMBLE)
     other.refresh()
     assert len(other.waiting) == 1
     assert place.engine.addressed == 2
@@ -181,12 +203,11 @@ def test_passages_of_no_document_make_room(place: Place) -> None:
     assert place.shelf.usage().disk_bytes <= 8 * BYTES
 
 
-def test_what_another_model_stored_makes_room(place: Place, tmp_path: Path) -> None:
-    other = KVStore(tmp_path / "kv" / "fedcba9876543210")
+def test_what_another_model_stored_makes_room(place: Place) -> None:
+    other = place.catalogue.store("fedcba9876543210")
     for i, key in enumerate(("aa" * 32, "bb" * 32)):
-        other.write(key, bytes(5 * BYTES))
-        [file] = other.root.rglob(f"{key}.kv")
-        os.utime(file, (time.time() - 1000 + i,) * 2)
+        other.write(key, bytes(5 * BYTES), 5 * SECONDS)
+        place.age_key(other, key, days=1 - i / 10)
     place.add("/d/a.md", *names("a", 4))
     place.shelf.limit_bytes = 12 * BYTES
     assert place.cache().done == 4
@@ -195,9 +216,8 @@ def test_what_another_model_stored_makes_room(place: Place, tmp_path: Path) -> N
 
 def test_conversations_of_the_last_week_are_worth_a_document(place: Place) -> None:
     for key, days in (("aa" * 32, 1), ("bb" * 32, 30)):
-        place.turns.write(key, bytes(2 * BYTES))
-        [file] = place.turns.root.rglob(f"{key}.kv")
-        os.utime(file, (time.time() - 86400 * days,) * 2)
+        place.turns.write(key, bytes(2 * BYTES), 2 * SECONDS, uses=1)
+        place.age_key(place.turns, key, days)
     place.store.write(PREAMBLE, bytes(BYTES))
     place.add("/d/a.md", *names("a", 8))
     place.shelf.limit_bytes = 8 * BYTES
@@ -253,6 +273,15 @@ def test_a_budget_smaller_than_one_passage_caches_nothing_for_long(place: Place)
     assert place.cached() == set()
 
 
+def test_a_budget_that_the_opening_alone_exceeds_is_not_tried_for_ever(place: Place) -> None:
+    place.engine.opening = 20 * BYTES
+    place.add("/d/a.md", *names("a", 3))
+    place.cache()
+    place.shelf.limit_bytes = 5 * BYTES
+    assert place.cache().over_budget
+    assert place.store.size_bytes() <= 5 * BYTES
+
+
 def test_several_processes_keep_one_budget(place: Place) -> None:
     place.add("/d/a.md", *names("a", 20))
     shelves = [place.another(10 * BYTES) for _ in range(2)]
@@ -261,7 +290,7 @@ def test_several_processes_keep_one_budget(place: Place) -> None:
     first = shelves[0].cache(lambda _: None, lambda: len(place.engine.batches) == 1)
     assert not first.over_budget
     assert shelves[1].cache(lambda _: None, lambda: False).over_budget, "it counts what the other one wrote"
-    assert sum(entry.size_bytes for entry in place.store.entries()) <= 10 * BYTES
+    assert place.store.size_bytes() <= 10 * BYTES
 
 
 def test_a_dropped_document_is_made_anew(place: Place) -> None:
@@ -283,3 +312,101 @@ def test_what_an_answer_stored_waits_no_longer(place: Place) -> None:
     place.shelf.settle(place.shelf.tokens)
     assert len(place.shelf.waiting) == 1
     place.shelf.settle(["of no document"])
+
+
+# What a stored passage is worth
+
+
+def test_what_is_used_more_often_stays(place: Place) -> None:
+    place.add("/d/a.md", *names("a", 4))
+    place.cache()
+    for text, times in (("a0", 3), ("a1", 1), ("a2", 2)):
+        for _ in range(times):
+            place.use(text)
+    for limit, left in ((3, {"a0", "a1", "a2"}), (2, {"a0", "a2"}), (1, {"a0"})):
+        place.another(limit * BYTES).trim()
+        assert place.cached() == left
+
+
+def test_uses_of_long_ago_count_less(place: Place) -> None:
+    place.add("/d/a.md", "often, but a month ago", "once")
+    place.cache()
+    for _ in range(4):
+        place.use("often, but a month ago")
+    place.age("often, but a month ago", days=30)
+    place.use("once")
+    place.another(BYTES).trim()
+    assert place.cached() == {"once"}
+
+
+def test_what_took_longer_and_is_smaller_is_worth_more(place: Place) -> None:
+    for key, size, seconds in (("aa", BYTES, 1.0), ("bb", BYTES, 9.0), ("cc", 3 * BYTES, 9.0), ("dd", 2 * BYTES, 9.0)):
+        place.turns.write(key * 32, bytes(size), seconds, uses=1)
+    left = []
+    for limit in (6, 5, 3, 1):
+        place.another(limit * BYTES).trim()
+        left.append("".join(key[0] for key in sorted(place.turns.keys())))
+    assert left == ["bcd", "bd", "bd", "b"]
+
+
+def test_a_gone_document_stays_as_long_as_it_was_used_lately(place: Place) -> None:
+    place.add("/d/a.md", *names("old", 4))
+    place.cache()
+    place.use("old0")
+    place.catalogue.flush()
+    place.age("old0", days=1)
+    place.use("old1")
+    place.catalogue.flush()
+    place.age("old1", days=9)
+    place.add("/d/a.md", *names("new", 4))
+    place.shelf.limit_bytes = 4 * BYTES
+    assert place.cache().over_budget
+    assert place.cached() == {"new0", "new1", "new2"}
+    assert place.store.has(address("old0")), "it would be asked for more likely than a passage that never was"
+
+
+def test_after_an_answer_conversations_and_passages_are_weighed_alike(place: Place) -> None:
+    place.add("/d/a.md", *names("a", 2))
+    place.cache()
+    place.use("a0")
+    place.use("a0")
+    place.turns.write("aa" * 32, bytes(BYTES), SECONDS, uses=1)
+    place.another(2 * BYTES).trim()
+    assert (place.cached(), place.turns.keys()) == ({"a0"}, ["aa" * 32])
+
+
+# Several processes
+
+
+def test_what_another_process_computes_is_waited_for(place: Place) -> None:
+    place.add("/d/a.md", *names("a", 10))
+    place.engine.elsewhere = {"a1", "a2"}
+    states: list[CacheProgress] = []
+
+    def progress(state: CacheProgress) -> None:
+        states.append(state)
+        if state.done == 8 and place.engine.elsewhere:  # all others are there
+            place.store.write(address("a1"), bytes(BYTES))  # the other process goes on, and ends too early
+            place.engine.elsewhere = set()
+
+    place.shelf.refresh()
+    last = place.shelf.cache(progress, lambda: False)
+    assert (last.done, last.over_budget, place.shelf.waiting) == (10, False, {})
+    assert place.cached() == set(names("a", 10))
+    assert place.store.total_written_bytes() == 10 * BYTES
+    assert len({chunk for state in states for chunk in state.finished}) == 9, "all but the one the other process made"
+
+
+def test_waiting_for_another_process_can_be_stopped(place: Place) -> None:
+    place.add("/d/a.md", *names("a", 3))
+    place.engine.elsewhere = {"a1"}
+    looks = 0
+
+    def should_stop() -> bool:
+        nonlocal looks
+        looks += 1
+        return looks > 3
+
+    place.shelf.refresh()
+    state = place.shelf.cache(lambda _: None, should_stop)
+    assert (state.done, len(place.shelf.waiting)) == (2, 1)

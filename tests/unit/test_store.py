@@ -70,7 +70,7 @@ def test_write_open_replace_remove(store: KVStore) -> None:
 
 def test_files_fan_out_and_are_private(store: KVStore, tmp_path: Path) -> None:
     store.write(KEY, b"x")
-    path = tmp_path / "cache" / "kv" / "ab" / "ab" / f"{KEY}.kv"
+    path = tmp_path / "cache" / "kv" / "ab" / f"{KEY}.kv"
     assert path.read_bytes() == b"x"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     for directory in list(path.parents)[:3]:
@@ -97,12 +97,12 @@ def test_damage_is_found_at_opening_or_reading(store: KVStore, tmp_path: Path) -
     store.write(KEY, chunk_bytes(1.0))
     path = next(tmp_path.rglob("*.kv"))
     data = bytearray(path.read_bytes())
-    data[-5000] ^= 4
+    data[-100] ^= 4
     path.write_bytes(data)
     with store.open(KEY) as reader, pytest.raises(DamagedChunk):
         reader.chunk()
     open_before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
-    for length in (0, 10, 4096, len(data) - 1):
+    for length in (0, 10, 400, len(data) - 1):
         path.write_bytes(data[:length])
         with pytest.raises(DamagedChunk):
             store.open(KEY)
@@ -147,7 +147,7 @@ def test_a_failing_disk_leaves_the_store_as_it_was(
 
 def test_a_disk_that_fills_up_in_the_middle(store: KVStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short writes are continued; then the disk is full."""
-    write, room = os.write, [1000, 1000, 0]
+    write, room = os.write, [400, 400, 0]
 
     def short_write(fd: int, data: memoryview) -> int:
         if not (count := room.pop(0)):
@@ -180,6 +180,9 @@ def test_the_file_is_flushed_before_its_name_and_the_name_before_returning(
 
     monkeypatch.setattr(os, "fsync", spy_fsync)
     monkeypatch.setattr(os, "replace", spy_replace)
+    store.write(KEY, b"x")
+    assert events == ["directory", "file", "rename", "directory"], "the first one is of the new folder's name"
+    events.clear()
     store.write(KEY, b"x")
     assert events == ["file", "rename", "directory"]
 
@@ -231,18 +234,6 @@ def test_killed_writers_leave_nothing_wrong(tmp_path: Path) -> None:
     assert read_fill(store, KEY) == 1.0
 
 
-def test_leftovers_of_crashes_are_swept_after_an_hour(store: KVStore, tmp_path: Path) -> None:
-    store.write(KEY, chunk_bytes(1.0))
-    directory = next(tmp_path.rglob("*.kv")).parent
-    old, young = directory / "old.tmp", directory / "young.tmp"
-    for path, age_s in ((old, 3700), (young, 3500)):
-        path.write_bytes(b"half a chunk")
-        os.utime(path, (time.time() - age_s,) * 2)
-    assert store.keys() == [KEY]
-    KVStore(tmp_path / "cache" / "kv").write(OTHER, chunk_bytes(2.0))
-    assert leftovers(tmp_path) == [young]
-
-
 def test_many_threads_write_and_read_one_key(store: KVStore) -> None:
     payloads = {fill: chunk_bytes(fill, tokens=300) for fill in (1.0, 2.0, 3.0, 4.0)}
     store.write(KEY, payloads[1.0])
@@ -271,12 +262,33 @@ def test_what_was_written_is_counted_for_ever_and_by_all(store: KVStore, tmp_pat
     assert store.total_written_bytes() == 5
 
 
-def test_entries_tell_size_and_last_use(store: KVStore) -> None:
+def test_opening_says_that_a_chunk_was_used(store: KVStore) -> None:
+    """For whoever makes the catalogue again from the files."""
     store.write(KEY, chunk_bytes(1.0))
-    store.write(OTHER, b"x" * 10)
-    os.utime(next(store.root.rglob(f"{KEY}.kv")), (1000, 1000))
-    entries = {entry.key: entry for entry in store.entries()}
-    assert {key: entry.size_bytes for key, entry in entries.items()} == {KEY: len(chunk_bytes(1.0)), OTHER: 10}
-    assert entries[KEY].used_at == 1000 < entries[OTHER].used_at
+    path = next(store.root.rglob(f"{KEY}.kv"))
+    os.utime(path, (1000, 900))
     store.open(KEY).close()
-    assert next(e.used_at for e in store.entries() if e.key == KEY) > time.time() - 100
+    assert path.stat().st_atime > time.time() - 100
+    assert path.stat().st_mtime == 900, "and not that it was written"
+
+
+def test_checking_reads_everything(store: KVStore) -> None:
+    data = to_bytes_of(KEY)
+    store.write(KEY, data)
+    store.check(KEY)
+    path = next(store.root.rglob(f"{KEY}.kv"))
+    for place in range(0, len(data), 50):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(DamagedChunk):
+            store.check(KEY)
+    store.write(OTHER, data)
+    with pytest.raises(DamagedChunk, match="not the one"):
+        store.check(OTHER)
+    with pytest.raises(MissingChunk):
+        store.check("ee" * 32)
+
+
+def to_bytes_of(key: str) -> bytes:
+    numbers = np.ones((2, 6, 2, 8), np.float16)
+    packed = codec.encode(ChunkKV(numbers, numbers, {}), BitPlan.uniform(2, 4, 4), codec.text_order(6))
+    return to_bytes(packed, bytes.fromhex(key))

@@ -4,11 +4,10 @@ Decides what is quantised and what is kept exactly; the arithmetic is in quire_k
 on disk (`format`), of where they lie (`store`), or of models.
 
 The first tokens of a chunk ("sinks") attract attention and their numbers are many times larger than the
-others', so they are kept in float16 and stay out of the quantisation groups. The other rows may be stored in
-another order than the text's, so that a loader can skip tokens as one run of rows.
+others', so they are kept in float16 and stay out of the quantisation groups; the plan says how many. The other rows
+may be stored in another order than the text's, so that a loader can skip tokens as one run of rows.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,24 +15,16 @@ import numpy.typing as npt
 
 from quire_engine.errors import QuireError
 from quire_engine.types import BitPlan, ChunkKV, Float16, Float32
-from quire_kernels.place import FLOAT16_MAX, PackedTensor, Tensor, place_keys, place_values
-from quire_kernels.planes import pack, unpack
-from quire_kernels.quantize import (
-    Grid,
-    UInt8,
-    dequantize_keys,
-    dequantize_values,
-    quantize_keys,
-    quantize_values,
-)
+from quire_kernels.grids import FLOAT16_MAX, GRIDS, Grid
+from quire_kernels.place import PackedTensor, Tensor, dequantize, place_keys, place_values
+from quire_kernels.planes import pack, pack_by_width
+from quire_kernels.quantize import quantize_keys, quantize_values
 from quire_kernels.rope import Layout
 
 Order = npt.NDArray[np.uint16]
-Quantizer = Callable[[Float16, int], tuple[UInt8, Grid]]
-Dequantizer = Callable[[UInt8, Grid, int, int], Float32]
 
-SINKS = 4
 MAX_TOKENS = 1 << 16  # token numbers are stored in 16 bits
+MAX_SINKS = 255
 
 
 @dataclass(frozen=True)
@@ -69,9 +60,9 @@ def text_order(tokens: int) -> Order:
     return np.arange(tokens, dtype=np.uint16)
 
 
-def score_order(score: Float32) -> Order:
+def score_order(score: Float32, sinks: int) -> Order:
     """The sinks first, then tokens by falling score: those that a loader recomputes form one run of rows."""
-    sinks = min(SINKS, len(score))
+    sinks = min(sinks, len(score))
     by_score = np.argsort(-score[sinks:], kind="stable") + sinks
     return np.concatenate([np.arange(sinks), by_score]).astype(np.uint16)
 
@@ -89,7 +80,7 @@ def encode(kv: ChunkKV, plan: BitPlan, order: Order) -> PackedChunk:
             hint="Check the model file; another quantisation of the same model may behave.",
         )
     layers, _, kv_heads, key_dim = kv.k_pre.shape
-    packed = tuple(_encode_layer(kv.k_pre[i], kv.v[i], plan.k_bits[i], plan.v_bits[i], order) for i in range(layers))
+    packed = tuple(_encode_layer(kv.k_pre[i], kv.v[i], plan, i, order) for i in range(layers))
     return PackedChunk(plan, kv_heads, key_dim, kv.v.shape[3], order, kv.scores, packed)
 
 
@@ -101,8 +92,8 @@ def decode(chunk: PackedChunk) -> ChunkKV:
 
 def decode_layer(layer: PackedLayer) -> tuple[Float16, Float16]:
     """One layer's keys before RoPE and values, [tokens, kv_heads, dim], in text order."""
-    keys = np.concatenate([layer.k_sinks, _decode_tensor(layer.k, dequantize_keys)])
-    values = np.concatenate([layer.v_sinks, _decode_tensor(layer.v, dequantize_values)])
+    keys = np.concatenate([layer.k_sinks, _decode_tensor(layer.k)])
+    values = np.concatenate([layer.v_sinks, _decode_tensor(layer.v)])
     row_of_token = np.argsort(layer.order)
     by_head = (len(row_of_token), layer.kv_heads, -1)
     return keys[row_of_token].reshape(by_head), values[row_of_token].reshape(by_head)
@@ -130,41 +121,63 @@ def _check(kv: ChunkKV, plan: BitPlan, order: Order) -> None:
         raise ValueError(f"a plan for {len(plan.k_bits)}/{len(plan.v_bits)} layers cannot pack {layers}")
     if unknown := set(plan.k_bits + plan.v_bits) - {*range(1, 9), 16}:
         raise ValueError(f"a layer is stored with 1 to 8 or 16 bits, not {sorted(unknown)}")
-    sinks = min(SINKS, tokens)
+    if plan.k_widths:
+        _check_widths(plan, layers, kv.k_pre.shape[2] * kv.k_pre.shape[3])
+    if plan.v_by_channel != tuple(layer for layer in range(layers) if layer in plan.v_by_channel):
+        raise ValueError(f"values by channel are some of layers 0 to {layers - 1}, in order: {plan.v_by_channel}")
+    if plan.grid not in GRIDS or not 0 <= plan.sinks <= MAX_SINKS:
+        raise ValueError(f"a plan has one of the grids {list(GRIDS)} and 0 to {MAX_SINKS} sinks: {plan}")
+    sinks = min(plan.sinks, tokens)
     if not np.array_equal(np.sort(order), text_order(tokens)) or list(order[:sinks]) != list(range(sinks)):
         raise ValueError("the order must name every token once and begin with the sinks")
     if wrong := [n for n, score in kv.scores.items() if score.shape != (tokens,) or not np.isfinite(score).all()]:
         raise ValueError(f"scores {wrong} do not have one finite number for each of {tokens} tokens")
 
 
-def _encode_layer(k_pre: Float16, v: Float16, k_bits: int, v_bits: int, order: Order) -> PackedLayer:
-    """k_pre, v: [tokens, kv_heads, dim] in text order."""
+def _check_widths(plan: BitPlan, layers: int, channels: int) -> None:
+    if plan.grid == "minmax" or len(plan.k_widths) != layers:
+        raise ValueError("channels have widths of their own on the mid-rise grid only, and for every layer")
+    if not any(plan.k_widths):
+        raise ValueError("a plan in which no channel has a width of its own has no k_widths at all")
+    for bits, widths in zip(plan.k_bits, plan.k_widths, strict=True):
+        if widths and not (len(widths) == channels and max(widths) == bits <= 8):
+            raise ValueError(f"each of {channels} key channels has 0 to {min(bits, 8)} bits, and one has {bits}")
+
+
+def _encode_layer(k_pre: Float16, v: Float16, plan: BitPlan, layer: int, order: Order) -> PackedLayer:
+    """k_pre, v: that layer's, [tokens, kv_heads, dim] in text order."""
     tokens, kv_heads, _ = k_pre.shape
-    sinks = min(SINKS, tokens)
+    sinks, kind = min(plan.sinks, tokens), GRIDS[plan.grid]
+    widths = plan.k_widths[layer] if plan.k_widths else b""
     k_rows, v_rows = k_pre.reshape(tokens, -1)[order], v.reshape(tokens, -1)[order]
     return PackedLayer(
         kv_heads,
         order,
         k_rows[:sinks],
         v_rows[:sinks],
-        _encode_tensor(k_rows[sinks:], k_bits, quantize_keys),
-        _encode_tensor(v_rows[sinks:], v_bits, quantize_values),
+        _encode_tensor(k_rows[sinks:], plan.k_bits[layer], kind, widths),
+        _encode_tensor(v_rows[sinks:], plan.v_bits[layer], kind, by_channel=layer in plan.v_by_channel),
     )
 
 
-def _encode_tensor(rows: Float16, bits: int, quantize: Quantizer) -> Tensor:
+def _encode_tensor(rows: Float16, bits: int, kind: type[Grid], widths: bytes = b"", by_channel: bool = True) -> Tensor:
+    """widths: of every channel, or none where all have `bits`."""
     if bits == 16 or not len(rows):
         return rows
-    codes, grid = quantize(rows, bits)
-    return PackedTensor(pack(codes.ravel(), bits), bits, len(rows), rows.shape[1], grid)
+    of_channels = np.frombuffer(widths, np.uint8)
+    if len(of_channels):
+        codes, grid = quantize_keys(rows, of_channels.astype(np.int64), kind)
+        planes = pack_by_width(codes, of_channels)
+    else:
+        codes, grid = (quantize_keys if by_channel else quantize_values)(rows, bits, kind)
+        planes = tuple(pack(codes.ravel(), bits))
+    return PackedTensor(planes, bits, len(rows), rows.shape[1], grid, by_channel, of_channels)
 
 
-def _decode_tensor(tensor: Tensor, dequantize: Dequantizer) -> Float16:
+def _decode_tensor(tensor: Tensor) -> Float16:
     if not isinstance(tensor, PackedTensor):
         return tensor
-    codes = unpack(tensor.planes, tensor.rows * tensor.channels).reshape(tensor.rows, tensor.channels)
-    numbers = dequantize(codes, tensor.grid, tensor.bits, len(tensor.planes))
-    return np.clip(numbers, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16)
+    return np.clip(dequantize(tensor), -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16)
 
 
 def _place_rows(layer: PackedLayer, cos: Float32, sin: Float32, layout: Layout, out_k: Float16, out_v: Float16) -> None:

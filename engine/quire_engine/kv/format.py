@@ -3,12 +3,12 @@
 Knows nothing of files and directories (`store`), nor how numbers became codes (`codec`). Everything is
 little-endian and covered by a CRC-32 that is checked before a byte is used: header, front (order, scores,
 sinks), and in a layer each part by itself, so that a reader may leave out low planes. What does not check out
-raises DamagedChunk.
+raises DamagedChunk. Sections are aligned as far as that costs next to nothing (docs/decisions/chunk_alignment.md).
 """
 
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
@@ -17,25 +17,28 @@ import numpy as np
 
 from quire_engine.errors import DamagedChunk
 from quire_engine.kv.codec import Order, PackedChunk, PackedLayer
-from quire_engine.types import BitPlan, Float16, Float32
-from quire_kernels.place import PackedTensor, Tensor
-from quire_kernels.planes import plane_bytes
-from quire_kernels.quantize import GROUP, Grid
+from quire_engine.kv.parts import Cut, from_parts, to_parts
+from quire_engine.types import BitPlan, Float16, Float32, GridName
+from quire_kernels.grids import GRIDS
 
 VERSION = 1
-PAGE_BYTES = 4096
+ALIGNMENTS = (4096, 512, 64)  # pages, sectors, cache lines
 KEY_BYTES = 32
 ALL_PLANES = 8
 
 _MAGIC = b"QUIRE-KV"
 # magic, version, header bytes, file bytes, key, tokens, sinks, layers, KV heads, key dim, value dim,
-# scores, front CRC
-_FIXED = struct.Struct("<8sIIQ32s8I")
+# scores, grid, alignment, front CRC
+_FIXED = struct.Struct("<8sIIQ32s10I")
+BEGINNING_BYTES = _FIXED.size
 _SCORE = struct.Struct("<28sf")  # name, scale
-# K bits, V bits, zero, block bytes, block offset, CRCs of the K parts, CRCs of the V parts
+# K bits, V bits, flags, block bytes, block offset, CRCs of the K parts, CRCs of the V parts
 _PARTS = 9  # grid and up to eight planes; float16 rows use only the first
 _LAYER = struct.Struct(f"<BBHIQ{2 * _PARTS}I")
 _CRC = struct.Struct("<I")
+_GRID_NUMBERS: tuple[GridName, ...] = ("midrise", "minmax")
+_K_WIDTHS, _V_BY_CHANNEL = 1, 2  # a layer's flags
+_SHARE = 100  # padding stays below this part of a file, unless even the smallest alignment takes more
 
 
 class ByteSource(Protocol):
@@ -51,30 +54,13 @@ class ByteSource(Protocol):
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """How the packed rows of one layer's keys or values are cut up: `shared` middles and units, groups."""
-
-    rows: int
-    channels: int
-    shared: int
-    groups: tuple[int, int]
-
-    def part_lengths(self, bits: int) -> list[int]:
-        """Bytes of the grid and of every plane; or of the float16 rows; nothing when there are no rows."""
-        if not self.rows:
-            return []
-        if bits == 16:
-            return [2 * self.rows * self.channels]
-        grid = 4 + 4 * self.shared + 2 * self.groups[0] * self.groups[1]
-        return [grid] + [plane_bytes(self.rows * self.channels)] * bits
-
-
-@dataclass(frozen=True)
 class LayerEntry:
-    """Where one layer lies; crcs are those of K's parts and V's, by _PARTS each."""
+    """Where one layer lies, and how its numbers do; crcs are those of K's parts and V's, by _PARTS each."""
 
     k_bits: int
     v_bits: int
+    k_widths: bytes
+    v_by_channel: bool
     block_bytes: int
     offset: int
     crcs: tuple[int, ...]
@@ -85,7 +71,8 @@ class Header:
     """What is known of a chunk before its numbers are read.
 
     key: 32 bytes, the address of the chunk, so that a file under another name is not mistaken for it.
-    scores: name and scale of every stored score.
+    sinks: as the plan has them; a short chunk has fewer tokens.  scores: name and scale of every stored score.
+    alignment: of the front and of every layer.
     """
 
     key: bytes
@@ -96,29 +83,39 @@ class Header:
     value_dim: int
     scores: tuple[tuple[str, float], ...]
     layers: tuple[LayerEntry, ...]
+    grid: GridName
+    alignment: int
     front_crc: int
     header_bytes: int
     file_bytes: int
 
     @property
     def plan(self) -> BitPlan:
-        return BitPlan(tuple(e.k_bits for e in self.layers), tuple(e.v_bits for e in self.layers))
+        k_bits, v_bits = tuple(e.k_bits for e in self.layers), tuple(e.v_bits for e in self.layers)
+        widths = tuple(e.k_widths for e in self.layers)
+        by_channel = tuple(i for i, e in enumerate(self.layers) if e.v_by_channel)
+        return BitPlan(k_bits, v_bits, self.grid, self.sinks, widths if any(widths) else (), by_channel)
 
     @property
-    def k_cut(self) -> _Cut:
-        rows, channels = self.tokens - self.sinks, self.kv_heads * self.key_dim
-        return _Cut(rows, channels, channels, (-(-rows // GROUP), channels))
+    def exact_tokens(self) -> int:
+        """Tokens at the beginning that are stored exactly."""
+        return min(self.sinks, self.tokens)
 
-    @property
-    def v_cut(self) -> _Cut:
-        rows, channels = self.tokens - self.sinks, self.kv_heads * self.value_dim
-        return _Cut(rows, channels, 1, (rows, -(-channels // GROUP)))
+    def cuts(self, layer: int) -> tuple[Cut, Cut]:
+        """How a layer's keys and values are cut up."""
+        e, rows, kind = self.layers[layer], self.tokens - self.exact_tokens, GRIDS[self.grid]
+        widths = np.frombuffer(e.k_widths, np.uint8)
+        return (
+            Cut(rows, self.kv_heads * self.key_dim, kind, e.k_bits, True, widths),
+            Cut(rows, self.kv_heads * self.value_dim, kind, e.v_bits, e.v_by_channel, widths[:0]),
+        )
 
     @property
     def front_bytes(self) -> int:
         """Order, scores and sinks, with the padding behind them."""
         row = self.kv_heads * (self.key_dim + self.value_dim)
-        return _padded(2 * (self.tokens * (1 + len(self.scores)) + len(self.layers) * self.sinks * row))
+        numbers = self.tokens * (1 + len(self.scores)) + len(self.layers) * self.exact_tokens * row
+        return _padded(2 * numbers, self.alignment)
 
 
 def to_bytes(chunk: PackedChunk, key: bytes) -> bytes:
@@ -128,27 +125,47 @@ def to_bytes(chunk: PackedChunk, key: bytes) -> bytes:
     if too_long := [name for name in chunk.scores if not 1 <= len(name.encode()) <= 28]:
         raise ValueError(f"a score's name has 1 to 28 bytes: {too_long}")
     scales = {name: float(abs(score).max()) or 1.0 for name, score in chunk.scores.items()}
-    front = _pad(_front(chunk, scales))
-    blocks = [_block(layer) for layer in chunk.layers]
-    header_bytes = _padded(_FIXED.size + _SCORE.size * len(scales) + _LAYER.size * len(blocks) + _CRC.size)
+    plan = chunk.plan
+    widths = plan.k_widths or (b"",) * len(chunk.layers)
+    header_bytes = _FIXED.size + _SCORE.size * len(scales) + _LAYER.size * len(chunk.layers) + _CRC.size
+    header_bytes += sum(-(-len(w) // 2) for w in widths)
+    front = _front(chunk, scales)
+    parts = [(to_parts(layer.k), to_parts(layer.v)) for layer in chunk.layers]
+    alignment = _alignment([header_bytes, len(front), *(sum(map(len, k + v)) for k, v in parts)])
+    header_bytes, front = _padded(header_bytes, alignment), _pad(front, alignment)
+    blocks = [_block(k, v, alignment) for k, v in parts]
     entries, offset = [], header_bytes + len(front)
     for i, (block, crcs) in enumerate(blocks):
-        entries.append(LayerEntry(chunk.plan.k_bits[i], chunk.plan.v_bits[i], len(block), offset, crcs))
+        by_channel = i in plan.v_by_channel
+        entries.append(LayerEntry(plan.k_bits[i], plan.v_bits[i], widths[i], by_channel, len(block), offset, crcs))
         offset += len(block)
     header = Header(
         key,
         tokens=len(chunk.order),
-        sinks=len(chunk.layers[0].k_sinks),
+        sinks=plan.sinks,
         kv_heads=chunk.kv_heads,
         key_dim=chunk.key_dim,
         value_dim=chunk.value_dim,
         scores=tuple(scales.items()),
         layers=tuple(entries),
+        grid=plan.grid,
+        alignment=alignment,
         front_crc=zlib.crc32(front),
         header_bytes=header_bytes,
         file_bytes=offset,
     )
     return b"".join([_header_bytes(header), front, *(block for block, _ in blocks)])
+
+
+def sizes(beginning: bytes) -> tuple[int, int]:
+    """Tokens of a chunk, and numbers that were stored of them, by its first BEGINNING_BYTES, unchecked: good for
+    statistics. Zeros when it does not begin like a chunk."""
+    if len(beginning) < BEGINNING_BYTES or not beginning.startswith(_MAGIC):
+        return 0, 0
+    fixed = _FIXED.unpack_from(beginning)
+    tokens, _sinks, layers, kv_heads, key_dim, value_dim = fixed[5:11]
+    numbers = tokens * layers * kv_heads * (key_dim + value_dim)
+    return (tokens, numbers) if numbers < 1 << 62 else (0, 0)
 
 
 class ChunkReader:
@@ -173,8 +190,8 @@ class ChunkReader:
         """One layer, with at most so many top planes (1..8) of keys and values; the others are not read."""
         if min(k_planes, v_planes) < 1:
             raise ValueError("a layer cannot be read without planes")
-        entry, k_cut, v_cut = self.header.layers[index], self.header.k_cut, self.header.v_cut
-        k_lengths, v_lengths = k_cut.part_lengths(entry.k_bits), v_cut.part_lengths(entry.v_bits)
+        entry, (k_cut, v_cut) = self.header.layers[index], self.header.cuts(index)
+        k_lengths, v_lengths = k_cut.part_lengths, v_cut.part_lengths
         v_offset = entry.offset + sum(k_lengths)
         if v_lengths:  # the last part reaches to the block's end
             v_lengths[-1] += entry.block_bytes - sum(k_lengths + v_lengths)
@@ -185,8 +202,8 @@ class ChunkReader:
             self.order,
             self._k_sinks[index],
             self._v_sinks[index],
-            _tensor(k, k_cut, entry.k_bits),
-            _tensor(v, v_cut, entry.v_bits),
+            from_parts(k, k_cut),
+            from_parts(v, v_cut),
         )
 
     def chunk(self) -> PackedChunk:
@@ -211,7 +228,7 @@ class ChunkReader:
         ends = np.cumsum(
             [h.tokens]
             + [h.tokens] * len(h.scores)
-            + [len(h.layers) * h.sinks * h.kv_heads * dim for dim in (h.key_dim, h.value_dim)]
+            + [len(h.layers) * h.exact_tokens * h.kv_heads * dim for dim in (h.key_dim, h.value_dim)]
         )
         order, *scores, k_sinks, v_sinks, _padding = np.split(front, ends)
         self.order: Order = order.view("<u2")
@@ -219,8 +236,8 @@ class ChunkReader:
             name: score.astype(np.float32) * np.float32(scale)
             for (name, scale), score in zip(h.scores, scores, strict=True)
         }
-        self._k_sinks = k_sinks.reshape(len(h.layers), h.sinks, h.kv_heads * h.key_dim)
-        self._v_sinks = v_sinks.reshape(len(h.layers), h.sinks, h.kv_heads * h.value_dim)
+        self._k_sinks = k_sinks.reshape(len(h.layers), h.exact_tokens, h.kv_heads * h.key_dim)
+        self._v_sinks = v_sinks.reshape(len(h.layers), h.exact_tokens, h.kv_heads * h.value_dim)
 
     def _read_parts(self, offset: int, lengths: list[int], crcs: Iterable[int], layer: int) -> list[memoryview]:
         """Neighbouring parts of a layer in one read, each checked."""
@@ -241,44 +258,18 @@ def _front(chunk: PackedChunk, scales: dict[str, float]) -> bytes:
     return b"".join(a.tobytes() for a in [chunk.order.astype("<u2"), *scores, *sinks])
 
 
-def _block(layer: PackedLayer) -> tuple[bytes, tuple[int, ...]]:
+def _alignment(lengths: Sequence[int]) -> int:
+    """The largest at which padding costs sections of these lengths next to nothing."""
+    affordable = (a for a in ALIGNMENTS if _SHARE * sum(-length % a for length in lengths) < sum(lengths))
+    return next(affordable, ALIGNMENTS[-1])
+
+
+def _block(k: list[bytes], v: list[bytes], alignment: int) -> tuple[bytes, tuple[int, ...]]:
     """One layer's bytes and the checksums of its parts."""
-    k, v = _tensor_parts(layer.k), _tensor_parts(layer.v)
     if v:
-        v[-1] += bytes(-sum(map(len, k + v)) % PAGE_BYTES)  # padding, under the last part's checksum
+        v = [*v[:-1], v[-1] + bytes(-sum(map(len, k + v)) % alignment)]  # padding, under the last part's checksum
     crcs = [[zlib.crc32(part) for part in parts] for parts in (k, v)]
     return b"".join(k + v), tuple(crc for own in crcs for crc in own + [0] * (_PARTS - len(own)))
-
-
-def _tensor_parts(tensor: Tensor) -> list[bytes]:
-    if not isinstance(tensor, PackedTensor):
-        return [tensor.astype("<f2").tobytes()] if len(tensor) else []
-    grid = tensor.grid
-    arrays = (
-        np.asarray(grid.master, "<f4"),
-        grid.middle.astype("<f2"),
-        grid.unit.astype("<f2"),
-        grid.scales,
-        grid.zeros,
-    )
-    return [b"".join(a.tobytes() for a in arrays), *(plane.tobytes() for plane in tensor.planes)]
-
-
-def _tensor(parts: list[memoryview], cut: _Cut, bits: int) -> Tensor:
-    """The inverse of _tensor_parts; the last part may have padding behind it."""
-    shape, count = (cut.rows, cut.channels), cut.groups[0] * cut.groups[1]
-    if not cut.rows or bits == 16:
-        return np.frombuffer(parts[0] if parts else b"", "<f2", cut.rows * cut.channels).reshape(shape)
-    centres = 4 + 4 * cut.shared
-    grid = Grid(
-        master=np.frombuffer(parts[0], "<f4", 1)[0],
-        middle=np.frombuffer(parts[0], "<f2", cut.shared, 4),
-        unit=np.frombuffer(parts[0], "<f2", cut.shared, 4 + 2 * cut.shared),
-        scales=np.frombuffer(parts[0], "u1", count, centres).reshape(cut.groups),
-        zeros=np.frombuffer(parts[0], "i1", count, centres + count).reshape(cut.groups),
-    )
-    planes = [np.frombuffer(part, np.uint8, plane_bytes(cut.rows * cut.channels)) for part in parts[1:]]
-    return PackedTensor(np.stack(planes), bits, *shape, grid)
 
 
 def _header_bytes(h: Header) -> bytes:
@@ -295,17 +286,35 @@ def _header_bytes(h: Header) -> bytes:
         h.key_dim,
         h.value_dim,
         len(h.scores),
+        _GRID_NUMBERS.index(h.grid),
+        h.alignment,
         h.front_crc,
     )
     scores = [_SCORE.pack(name.encode(), scale) for name, scale in h.scores]
-    layers = [_LAYER.pack(e.k_bits, e.v_bits, 0, e.block_bytes, e.offset, *e.crcs) for e in h.layers]
-    body = b"".join([fixed, *scores, *layers]).ljust(h.header_bytes - _CRC.size, b"\0")
+    layers = [_LAYER.pack(e.k_bits, e.v_bits, _flags(e), e.block_bytes, e.offset, *e.crcs) for e in h.layers]
+    widths = [_nibbles(e.k_widths) for e in h.layers]
+    body = b"".join([fixed, *scores, *layers, *widths]).ljust(h.header_bytes - _CRC.size, b"\0")
     return body + _CRC.pack(zlib.crc32(body))
+
+
+def _flags(entry: LayerEntry) -> int:
+    return (_K_WIDTHS if entry.k_widths else 0) | (_V_BY_CHANNEL if entry.v_by_channel else 0)
+
+
+def _nibbles(widths: bytes) -> bytes:
+    """Two widths a byte, the first in the low half."""
+    even = np.frombuffer(widths.ljust(len(widths) + len(widths) % 2, b"\0"), np.uint8)
+    return bytes(even[0::2] | even[1::2] << 4)
+
+
+def _from_nibbles(data: bytes, channels: int) -> bytes:
+    packed = np.frombuffer(data, np.uint8)
+    return np.stack([packed & 15, packed >> 4], axis=1).tobytes()[:channels]
 
 
 def _read_header(source: ByteSource) -> Header:
     fixed = _FIXED.unpack(_read_exactly(source, 0, _FIXED.size))
-    magic, version, header_bytes, file_bytes, key, *sizes, scores, front_crc = fixed
+    magic, version, header_bytes, file_bytes, key, *sizes, scores, grid, alignment, front_crc = fixed
     tokens, sinks, layers, kv_heads, key_dim, value_dim = sizes
     if magic != _MAGIC:
         raise _damaged("it does not begin like a chunk")
@@ -317,9 +326,12 @@ def _read_header(source: ByteSource) -> Header:
     # Compared as bytes: a damaged header length may leave anything at all in body.
     if body[-_CRC.size :] != _CRC.pack(zlib.crc32(body[: -_CRC.size])):
         raise _damaged("the checksum of its header is wrong")
+    if grid >= len(_GRID_NUMBERS):
+        raise _damaged(f"it has grid {grid}, which this Quire does not know")
     first_layer = _FIXED.size + scores * _SCORE.size
     named = _SCORE.iter_unpack(body[_FIXED.size : first_layer])
-    entries = _LAYER.iter_unpack(body[first_layer : first_layer + layers * _LAYER.size])
+    entries = list(_LAYER.iter_unpack(body[first_layer : first_layer + layers * _LAYER.size]))
+    widths = _widths(body[first_layer + layers * _LAYER.size :], [entry[2] for entry in entries], kv_heads * key_dim)
     return Header(
         key=key,
         tokens=tokens,
@@ -329,13 +341,24 @@ def _read_header(source: ByteSource) -> Header:
         value_dim=value_dim,
         scores=tuple((name.rstrip(b"\0").decode(), scale) for name, scale in named),
         layers=tuple(
-            LayerEntry(k_bits, v_bits, block_bytes, offset, tuple(crcs))
-            for k_bits, v_bits, _zero, block_bytes, offset, *crcs in entries
+            LayerEntry(k_bits, v_bits, k_widths, bool(flags & _V_BY_CHANNEL), block_bytes, offset, tuple(crcs))
+            for (k_bits, v_bits, flags, block_bytes, offset, *crcs), k_widths in zip(entries, widths, strict=True)
         ),
+        grid=_GRID_NUMBERS[grid],
+        alignment=alignment,
         front_crc=front_crc,
         header_bytes=header_bytes,
         file_bytes=file_bytes,
     )
+
+
+def _widths(data: bytes, flags: Sequence[int], channels: int) -> list[bytes]:
+    """The widths of every layer's key channels, none where they are all the same; they follow one another in data."""
+    found, size = [], -(-channels // 2)
+    for flag in flags:
+        found.append(_from_nibbles(data[:size], channels) if flag & _K_WIDTHS else b"")
+        data = data[size:] if flag & _K_WIDTHS else data
+    return found
 
 
 def _read_exactly(source: ByteSource, offset: int, length: int) -> bytes:
@@ -356,9 +379,9 @@ def _damaged(reason: str) -> DamagedChunk:
     )
 
 
-def _padded(length: int) -> int:
-    return -(-length // PAGE_BYTES) * PAGE_BYTES
+def _padded(length: int, alignment: int) -> int:
+    return -(-length // alignment) * alignment
 
 
-def _pad(data: bytes) -> bytes:
-    return data.ljust(_padded(len(data)), b"\0")
+def _pad(data: bytes, alignment: int) -> bytes:
+    return data.ljust(_padded(len(data), alignment), b"\0")

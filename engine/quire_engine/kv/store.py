@@ -2,7 +2,7 @@
 
 Knows nothing of what a file says; opening hands its bytes to `format`. A file is written under a temporary
 name, flushed to the disk and renamed, so a crash, a full disk or a second process writing the same key cannot
-leave a half-written one. Lists what lies there, with size and last use, for those who decide what has to go.
+leave a half-written one. What happens to files is told to an index, if there is one, which nothing here relies on.
 Needs a POSIX file system.
 """
 
@@ -14,18 +14,20 @@ import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
+from quire_engine import records
 from quire_engine.errors import DamagedChunk, MissingChunk, UnwritableStore
-from quire_engine.kv.format import ChunkReader
+from quire_engine.kv.format import BEGINNING_BYTES, ChunkReader
 
-_SUFFIX = ".kv"
+SUFFIX = ".kv"
+TEMPORARY = ".tmp"  # of files that are being written, or were when something went wrong
+KEY = re.compile(r"[0-9a-f]{8,128}")
+FOLDER = re.compile(r"[0-9a-f]{2}")  # keys are spread over these by how they begin
 _COUNTER = "written.json"
-_TEMPORARY = ".tmp"
-_LEFTOVER_AGE_S = 3600.0  # no write takes this long, so what is older was left by a crash
-_KEY = re.compile(r"[0-9a-f]{8,128}")
+_ABOUT = "about.json"
 _HINTS = {
     errno.ENOSPC: "The disk is full. Free some space, or let Quire keep less.",
     errno.EDQUOT: "Your disk quota is used up. Free some space, or let Quire keep less.",
@@ -34,14 +36,36 @@ _HINTS = {
 }
 
 
-@dataclass(frozen=True)
-class Stored:
-    """One chunk on disk. root: of the store it is in.  used_at: when it was last written or opened."""
+class Index(Protocol):
+    """Is told what happens to chunks, by the name of their store, and knows who computes which. Never raises."""
 
-    root: Path
-    key: str
-    size_bytes: int
-    used_at: float
+    def written(self, store: str, key: str, beginning: bytes, size_bytes: int, seconds: float, uses: float) -> None: ...
+    def used(self, store: str, key: str) -> None: ...
+    def removed(self, store: str, key: str) -> None: ...
+    def claim(self, store: str, key: str) -> bool: ...
+    def release(self, store: str, key: str) -> None: ...
+
+
+class NoIndex:
+    """Takes no notes, and lets everybody compute everything."""
+
+    def written(self, store: str, key: str, beginning: bytes, size_bytes: int, seconds: float, uses: float) -> None:
+        pass
+
+    def used(self, store: str, key: str) -> None:
+        pass
+
+    def removed(self, store: str, key: str) -> None:
+        pass
+
+    def claim(self, store: str, key: str) -> bool:
+        return True
+
+    def release(self, store: str, key: str) -> None:
+        pass
+
+
+_NO_INDEX = NoIndex()
 
 
 class KVStore:
@@ -50,27 +74,34 @@ class KVStore:
     Several processes may use one root at the same time. Directories are private to the user.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, index: Index = _NO_INDEX, model: str = "") -> None:
+        """model: whose chunks these are, for people; written down with the first one."""
         self._root = root
-        self._swept = False
+        self._index = index
+        self._model = model
         self.written_bytes = 0  # by this object
 
     @property
     def root(self) -> Path:
         return self._root
 
+    @property
+    def model(self) -> str:
+        """Whose chunks these are; empty when that is not known."""
+        return self._model or str(records.load(self._root / _ABOUT).get("model", ""))
+
     def has(self, key: str) -> bool:
         return self._path(key).exists()
 
-    def write(self, key: str, data: bytes | bytearray | memoryview) -> int:
+    def write(self, key: str, data: bytes | bytearray | memoryview, seconds: float = 0.0, uses: float = 0.0) -> int:
         """Store data under the key, in place of what was there; returns its size in bytes.
 
+        seconds: that computing it took; 0: not measured.  uses: that this counts as; 0: it is only expected to be used.
         When this returns, the chunk survives a power failure. Raises QuireError when the disk is full or
         cannot be written to; the store is then as it was.
         """
         path = self._path(key)
         try:
-            self._sweep_once()
             self._make_directories(path.parent)
             _write_atomically(path, memoryview(data).cast("B"))
         except OSError as error:
@@ -79,10 +110,11 @@ class KVStore:
                 hint=_HINTS.get(error.errno or 0, "Check the disk and the directory's permissions."),
                 details=str(error),
             ) from error
-        size_bytes = memoryview(data).nbytes
-        self.written_bytes += size_bytes
-        _count(self._root, size_bytes)
-        return size_bytes
+        view = memoryview(data).cast("B")
+        self.written_bytes += view.nbytes
+        _count(self._root, view.nbytes)
+        self._index.written(self._root.name, key, bytes(view[:BEGINNING_BYTES]), view.nbytes, seconds, uses)
+        return view.nbytes
 
     def open(self, key: str) -> ChunkReader:
         """A reader of the chunk; close it, or use it as a context manager. It outlives the chunk's removal.
@@ -93,13 +125,36 @@ class KVStore:
         try:
             with suppress(OSError):  # another's file, or a disk that is read-only: it just looks unused
                 written_ns = self._path(key).stat().st_mtime_ns
-                os.utime(
-                    self._path(key), ns=(time.time_ns(), written_ns)
-                )  # many systems count no reading by themselves
-            return ChunkReader(source)
+                # Many systems count no reading by themselves.
+                os.utime(self._path(key), ns=(time.time_ns(), written_ns))
+            reader = ChunkReader(source)
         except BaseException:
             source.close()
             raise
+        self._index.used(self._root.name, key)
+        return reader
+
+    def check(self, key: str) -> None:
+        """Reads all of a chunk. Raises MissingChunk, or DamagedChunk when a byte is wrong or it is another's."""
+        source = _File(self._path(key))
+        try:
+            reader = ChunkReader(source)
+            if reader.header.key.hex() != key:
+                raise DamagedChunk("A stored passage is not the one its name says.")
+            for layer in range(len(reader.header.layers)):
+                reader.layer(layer)
+        finally:
+            source.close()
+
+    @contextmanager
+    def claimed(self, key: str) -> Iterator[bool]:
+        """Within it other processes know that this one computes the chunk; False where another one does already."""
+        mine = self._index.claim(self._root.name, key)
+        try:
+            yield mine
+        finally:
+            if mine:
+                self._index.release(self._root.name, key)
 
     def drop_from_memory(self, keys: Iterable[str]) -> None:
         """Asks the operating system to forget these chunks' pages, so that the next read comes from the disk."""
@@ -111,26 +166,26 @@ class KVStore:
             finally:
                 os.close(fd)
 
-    def remove(self, key: str) -> None:
-        """Forget the chunk; nothing happens when there is none."""
-        self._path(key).unlink(missing_ok=True)
-
-    def entries(self) -> list[Stored]:
-        """All chunks, in no order."""
-        found: list[Stored] = []
-        for path in self._files(_SUFFIX):
-            with suppress(FileNotFoundError):  # removed by another process meanwhile
-                status = path.stat()
-                found.append(Stored(self._root, path.stem, status.st_size, max(status.st_atime, status.st_mtime)))
-        return found
+    def remove(self, key: str) -> bool:
+        """Forget the chunk; nothing happens when there is none. False where the disk does not allow it."""
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except OSError:
+            return False
+        self._index.removed(self._root.name, key)
+        return True
 
     def keys(self) -> list[str]:
         """All keys, sorted."""
-        return sorted(path.stem for path in self._files(_SUFFIX))
+        return sorted(path.stem for path in self._files())
 
     def size_bytes(self) -> int:
         """Bytes of all chunks together."""
-        return sum(entry.size_bytes for entry in self.entries())
+        total = 0
+        for path in self._files():
+            with suppress(FileNotFoundError):  # removed by another process meanwhile
+                total += path.stat().st_size
+        return total
 
     def total_written_bytes(self) -> int:
         """Bytes that all processes ever wrote here: what the disk had to bear."""
@@ -139,27 +194,21 @@ class KVStore:
         return 0
 
     def _path(self, key: str) -> Path:
-        if not _KEY.fullmatch(key):
+        if not KEY.fullmatch(key):
             raise ValueError(f"a key is 8 to 128 lower-case hex digits, not {key!r}")
-        return self._root / key[:2] / key[2:4] / (key + _SUFFIX)
+        return self._root / key[:2] / (key + SUFFIX)
 
-    def _files(self, suffix: str) -> Iterator[Path]:
-        return self._root.glob(f"??/??/*{suffix}")
+    def _files(self) -> Iterator[Path]:
+        return self._root.glob(f"??/*{SUFFIX}")
 
-    def _make_directories(self, leaf: Path) -> None:
-        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for directory in (leaf.parent, leaf):  # one by one: mkdir's mode does not reach parents
-            directory.mkdir(mode=0o700, exist_ok=True)
-
-    def _sweep_once(self) -> None:
-        """Remove what crashes left behind. With the first write, because only writers leave anything."""
-        if self._swept:
+    def _make_directories(self, folder: Path) -> None:
+        if folder.is_dir():
             return
-        self._swept = True
-        for path in self._files(_TEMPORARY):
-            with suppress(OSError):  # another process may be sweeping too
-                if path.stat().st_mtime < time.time() - _LEFTOVER_AGE_S:
-                    path.unlink()
+        for directory in (self._root.parent, self._root, folder):  # one by one: mkdir's mode does not reach parents
+            directory.mkdir(mode=0o700, parents=directory == self._root.parent, exist_ok=True)
+        _flush_directory(self._root)
+        if self._model and not (self._root / _ABOUT).exists():
+            records.save(self._root / _ABOUT, {"version": 1, "model": self._model})
 
 
 class _File:
@@ -198,7 +247,7 @@ def _unreadable(error: OSError) -> DamagedChunk:
 
 
 def _write_atomically(path: Path, data: memoryview) -> None:
-    fd, temporary = tempfile.mkstemp(_TEMPORARY, path.stem, path.parent)
+    fd, temporary = tempfile.mkstemp(TEMPORARY, path.stem, path.parent)
     try:
         try:
             while data:

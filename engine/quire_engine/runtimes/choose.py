@@ -1,10 +1,14 @@
 """Which runtime executes plans on this machine, and why. Imports a runtime only when it is wanted."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from quire_engine.errors import ModelError
 from quire_engine.runtimes.base import Runtime
 from quire_engine.types import ModelShape
+
+if TYPE_CHECKING:
+    from quire_engine.runtimes.transformer import Transformer
 
 
 class Vocabulary(Protocol):
@@ -30,3 +34,16 @@ def runtime(model_file: Path, shape: ModelShape, threads: int, stitching: bool) 
     from quire_engine.runtimes.llama_cpp import LlamaCppRuntime
 
     return LlamaCppRuntime(LlamaModel(model_file), shape, threads, stitching)
+
+
+def reference(model_file: Path) -> "Transformer":
+    """The decoder that precision plans are measured with. Raises ModelError where PyTorch is not installed."""
+    try:
+        from quire_engine.runtimes.transformer import Transformer
+    except ImportError as error:
+        raise ModelError(
+            "Precision plans need PyTorch, which is not installed here.",
+            "Install it beside Quire (pip install torch); everything else works without.",
+            repr(error),
+        ) from error
+    return Transformer.load(model_file)
