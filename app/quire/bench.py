@@ -7,13 +7,12 @@ what to compare, not how prompts are computed.
 import json
 import re
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from quire import paths
+from quire.bench_cases import Case, from_file, scratch_engine
 from quire.session import Session
 from quire_engine.baselines import PlainLlama, prefix_only_ms
 from quire_engine.engine import Engine, Request
@@ -47,7 +46,7 @@ class TtftRow:
 def ttft(session: Session, lengths: Sequence[int], ratios: Sequence[float], runs: int, say: Say) -> list[TtftRow]:
     """Time to the first token of full prefill (this runtime, plain llama-cpp-python), prefix reuse and Quire."""
     rows: list[TtftRow] = []
-    with _scratch_engine(session) as engine:
+    with scratch_engine(session) as engine:
         if engine.reuse_off:
             raise QuireError(f"There is nothing to compare: {engine.reuse_off}")
         for length in lengths:
@@ -114,24 +113,17 @@ class AnswersRow:
     same_as_exact: int
 
 
-@dataclass(frozen=True)
-class _Case:
-    question: str
-    gold: tuple[str, ...]
-    passages: tuple[str, ...]
-
-
 def answers(
     session: Session, data: Path, questions: int, passages: int, ratios: Sequence[float], say: Say
 ) -> list[AnswersRow]:
-    """Asks questions of a SQuAD-like file over its articles' passages, exactly and at each ratio.
+    """Asks questions of a file (see `from_file`) over their passages, exactly and at each ratio.
 
     An answer counts when it contains a gold answer, letter case and punctuation aside.
     """
-    cases = _cases(data, questions, passages)
+    cases = from_file(data, questions, passages)
     selector = session.settings.selector
     given: dict[float, list[str]] = {ratio: [] for ratio in dict.fromkeys((1.0, *ratios))}
-    with _scratch_engine(session) as engine:
+    with scratch_engine(session) as engine:
         for number, case in enumerate(cases, 1):
             for ratio in given:
                 given[ratio].append(_answer(engine, case, ratio, selector))
@@ -176,7 +168,7 @@ def followup(session: Session, turns: int, tokens: int, runs: int, say: Say) -> 
     """
     times: dict[tuple[str, str], list[float]] = {}
     sizes: dict[str, tuple[int, int]] = {}
-    with _scratch_engine(session) as engine:
+    with scratch_engine(session) as engine:
         if engine.reuse_off:
             raise QuireError(f"There is nothing to compare: {engine.reuse_off}")
         texts = _passages(session, engine, tokens * (turns + 1))
@@ -209,7 +201,7 @@ def _conversation(
         if number == len(brought):
             name, ours = "reopened", session.make_engine(cache_dir)
             _ = ours.runtime  # loading the weights is another matter
-            ours.turns.store.drop_from_memory({entry.key for entry in ours.turns.store.entries()})
+            ours.turns.store.drop_from_memory(ours.turns.store.keys())
         request = Request(f"{_QUESTION} {mark}", passages, max_tokens=8, insist=True, history=history, keep=True)
         grown, answer = _first_token(ours, request)
         exact = replace(request, ratio=1.0, keep=False)
@@ -238,27 +230,9 @@ def followup_table(rows: Sequence[FollowupRow]) -> list[str]:
     return lines
 
 
-def _answer(engine: Engine, case: _Case, ratio: float, selector: str) -> str:
+def _answer(engine: Engine, case: Case, ratio: float, selector: str) -> str:
     request = Request(case.question, case.passages, ratio, selector, _ANSWER_TOKENS, insist=True)
     return "".join(event.text for event in engine.answer(request) if isinstance(event, Text))
-
-
-def _cases(data: Path, questions: int, passages: int) -> list[_Case]:
-    """Questions spread over the articles, each with that article's first passages."""
-    try:
-        articles = json.loads(data.read_text())["data"]
-        cases: list[_Case] = []
-        for number in range(questions):
-            paragraphs = articles[number % len(articles)]["paragraphs"][:passages]
-            asked = paragraphs[number * 7 % len(paragraphs)]["qas"]
-            chosen = asked[number * 3 % len(asked)]
-            gold = tuple(answer["text"] for answer in chosen["answers"])
-            cases.append(_Case(chosen["question"], gold, tuple(p["context"] for p in paragraphs)))
-        return cases
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise QuireError(
-            f"{data} is not a question file.", "Give a JSON file in SQuAD's format (such as XQuAD).", repr(error)
-        ) from error
 
 
 def _contains(answer: str, gold: Sequence[str]) -> bool:
@@ -267,13 +241,6 @@ def _contains(answer: str, gold: Sequence[str]) -> bool:
 
 def _words(text: str) -> str:
     return re.sub(r"\W+", " ", text.lower()).strip()
-
-
-@contextmanager
-def _scratch_engine(session: Session) -> Iterator[Engine]:
-    """An engine like the session's whose cache is thrown away, so that a benchmark neither uses nor leaves anything."""
-    with tempfile.TemporaryDirectory(prefix="quire-bench-", dir=paths.cache_dir()) as folder:
-        yield session.make_engine(Path(folder))
 
 
 def _passages(session: Session, engine: Engine, tokens: int) -> tuple[str, ...]:

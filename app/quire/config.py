@@ -59,7 +59,7 @@ class _Whole:
         return number
 
     def allowed(self) -> str:
-        return f"a whole number from {self.low} to {self.high}"
+        return f"a whole number from {self.low:,} to {self.high:,}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class _Real:
         return number
 
     def allowed(self) -> str:
-        return f"a number from {self.low:g} to {self.high:g}"
+        return f"a number from {self.low:,.12g} to {self.high:,.12g}"
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class _Ratio(_Real):
         return f"{super().allowed()}, or empty to follow the dial"
 
 
-_BITS = _Choice((2, 3, 4, 8, 16))
+_PRECISIONS = ("safe", "default", "compact", "tiny", "kvmix", "fp16")
 
 HIGH_CONTRAST: Final = "high-contrast"
 THEMES: Final = (
@@ -165,8 +165,9 @@ class Settings:
     max_tokens: Annotated[int, _Whole(1, 100_000), "longest answer"] = 256
     temperature: Annotated[float, _Real(0, 2), "0: always the likeliest word; higher: more varied"] = 0.0
     threads: Annotated[int, _Whole(0, 1024), "processor threads to compute with; 0: all cores"] = 0
-    k_bits: Annotated[int, _BITS, "bits per stored value of a key; 16: not compressed"] = 8
-    v_bits: Annotated[int, _BITS, "bits per stored value of a value; 16: not compressed"] = 8
+    precision: Annotated[
+        str, _Choice(_PRECISIONS), "of cached KV: safe is larger, compact and tiny smaller; fp16 is not compressed"
+    ] = "default"
     max_file_mb: Annotated[int, _Whole(1, 4096), "larger files are skipped, and listed"] = 20
     cache_gb: Annotated[float, _Real(0, 1_000_000), "disk space for cached KV, in GB; 0: no limit"] = 20.0
     theme: Annotated[str, _Choice(THEMES), "colours; ansi-dark and ansi-light use the terminal's own"] = "textual-dark"
@@ -174,7 +175,7 @@ class Settings:
 
 
 # What stored KV depends on; and what needs nothing to be opened again, but counts from the next question on.
-CACHE_DEPENDS_ON: Final = frozenset({"model", "chunk_tokens", "k_bits", "v_bits"})
+CACHE_DEPENDS_ON: Final = frozenset({"model", "chunk_tokens", "precision"})
 COUNTS_AT_ONCE: Final = frozenset(
     {"dial", "ratio", "selector", "context_tokens", "max_tokens", "temperature", "cache_gb", "theme", "animations"}
 )

@@ -22,6 +22,8 @@ from quire_engine.prompt import Wording
 from quire_engine.types import Event, Exchange
 
 _MOST_HITS = 40  # more passages than any context holds
+_CALIBRATION_PASSAGES = 20
+_CALIBRATION_WORDS = 130  # a passage of some 180 tokens
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Session:
         """An engine by the settings that keeps its KV there."""
         s = self.settings
         wording = Wording((paths.assets() / "system_prompt.txt").read_text().strip())
-        engine_settings = EngineSettings(wording, s.threads, s.k_bits, s.v_bits, s.chunk_tokens)
+        folders = (paths.data_dir() / "profiles", Path(str(paths.assets() / "profiles")))
+        engine_settings = EngineSettings(wording, s.threads, s.precision, s.chunk_tokens, folders)
         return Engine(model_file(s.model), cache_dir, engine_settings)
 
     def __enter__(self) -> "Session":
@@ -75,6 +78,12 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.library.close()
+        if self._engine:
+            self._engine.catalogue.close()
+
+    def take_notice(self) -> str:
+        """What a person should know about the cache, said once; empty most of the time."""
+        return self._engine.catalogue.take_notice() if self._engine else ""
 
     # Folders
 
@@ -94,9 +103,22 @@ class Session:
         """What of the library is cached, and the disk budget."""
         if self._shelf is None:
             chunks = self.engine.chunks
-            self._shelf = Shelf(self.library, self.engine, chunks.store, self.engine.turns.store, chunks.preamble.key)
+            turns, catalogue = self.engine.turns.store, self.engine.catalogue
+            self._shelf = Shelf(self.library, self.engine, catalogue, chunks.store, turns, chunks.preamble.key)
         self._shelf.limit_bytes = int(self.settings.cache_gb * 1e9)  # settings may change while a session is open
         return self._shelf
+
+    def calibration_passages(self) -> tuple[list[str], bool]:
+        """What a model's precision is measured on, and whether it is the person's own: passages from all over the
+        library, or the text that comes with Quire where that has too few."""
+        known = list(self.library.tokens())
+        if len(known) >= _CALIBRATION_PASSAGES:
+            spread = known[:: len(known) // _CALIBRATION_PASSAGES][:_CALIBRATION_PASSAGES]
+            return list(self.library.texts(spread).values()), True
+        words = (paths.assets() / "calibration.txt").read_text().split(" ")
+        return [
+            " ".join(words[start : start + _CALIBRATION_WORDS]) for start in range(0, len(words), _CALIBRATION_WORDS)
+        ], False
 
     # Questions
 
@@ -120,6 +142,7 @@ class Session:
         yield Found(tuple(sources), 1000 * (time.perf_counter() - began))
         written_before = self.engine.written_bytes
         yield from self.engine.answer(self.request(asked.question, sources, self._spoken(history)), should_stop)
+        self.engine.catalogue.flush()
         if self.engine.written_bytes > written_before:
             self.shelf.trim()
 

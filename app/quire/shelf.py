@@ -1,17 +1,17 @@
 """What of the library has its KV on disk, what is cached next, and what goes when the disk budget is used up.
 
-A stored passage is worth more the more it is wanted: pinned ones are cached first and evicted last, then come those of
-any document and the conversations of the last week, then the rest: of documents that are gone, of older conversations,
-of other models. Among equals the one that was unused for longest goes first. Caching ahead takes the place only of what
-is worth less; an answer stores what it needs, and the budget is met again afterwards. Several processes may do so at
-once: what one takes away, another computes again.
+What is stored is worth the seconds it saves: those that computing it took, times how often it was used, where a use
+counts half after a week, over its bytes. A passage of the library counts half a use more, because it may be asked for;
+one of a gone document or another model, and a conversation, count by their uses alone. What is pinned is cached first
+and evicted last. Caching ahead takes the place only of what is not in the library and worth less; an answer stores what
+it needs, and the budget is met again afterwards. Several processes may cache at once: none computes what another is
+computing, and what one takes away, another computes again.
 
 Knows nothing of how KV is made, how files become passages, or who looks at it.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, takewhile
 from pathlib import Path
@@ -19,19 +19,21 @@ from typing import Protocol
 
 from quire.library import Library, StoredDocument, batched
 from quire_engine.errors import Aborted
-from quire_engine.kv.store import KVStore, Stored
+from quire_engine.kv.catalogue import Catalogue, Entry
+from quire_engine.kv.store import KVStore
 
 _BATCH_CHUNKS = 4  # small: between two batches the work can stop
 _ADDRESSES_AT_ONCE = 100  # found between two chances to do something else
-_RECENT_SECONDS = 7 * 86400.0
-_LOOSE, _HELD, _PINNED = range(3)  # what a stored passage is worth
+_EXPECTED_USES = 0.5  # of a passage of the library that was never used
+_OTHERS_SECONDS = 0.2  # between two looks at what another process is computing
 
 
 class CachingEngine(Protocol):
     """What a shelf needs of the engine. Passages may come from any documents, in any order."""
 
     def address(self, passage: str) -> str: ...
-    def cache(self, passages: Sequence[str], should_stop: Callable[[], bool]) -> None: ...
+    def cache(self, passages: Sequence[str], should_stop: Callable[[], bool]) -> Collection[str]:
+        """Returns the passages left out because another process is computing them."""
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,28 @@ class Shelf:
     are as they were when last refreshed, corrected by what was done here since. limit_bytes: the disk budget; 0: none.
     """
 
-    def __init__(self, library: Library, engine: CachingEngine, store: KVStore, turns: KVStore, preamble: str) -> None:
-        """turns: where the engine keeps conversations.  preamble: the address of what stands before every passage."""
+    def __init__(
+        self,
+        library: Library,
+        engine: CachingEngine,
+        catalogue: Catalogue,
+        store: KVStore,
+        turns: KVStore,
+        preamble: str,
+    ) -> None:
+        """catalogue: of all stores.  store, turns: where the engine keeps passages and conversations.  preamble: the
+        address of what stands before every passage."""
         self._library = library
         self._engine = engine
+        self._catalogue = catalogue
         self._store = store
         self.limit_bytes = 0
         self._turns = turns
         self._preamble = preamble
-        self._stores = store.root.parent  # this model's and those of others
         self._addresses: Mapping[str, str] = {}
         self._pinned: frozenset[str] = frozenset()
         self._bytes_per_token = 0.0
+        self._elsewhere: set[str] = set()  # of those that wait: another process was computing them
         self._looked = False
         self._listed_bytes = self._written_when_listed = 0
         self.pins: tuple[Path, ...] = ()
@@ -131,12 +143,12 @@ class Shelf:
             between()
         return known
 
-    def _look(self) -> list[Stored]:
+    def _look(self) -> None:
         """What is on disk, of all models; what is not, waits."""
         self._looked, self._written_when_listed = True, self._total_written()
-        entries = [entry for store in self._all_stores() for entry in store.entries()]
-        self._listed_bytes = sum(entry.size_bytes for entry in entries)
-        sizes = {entry.key: entry.size_bytes for entry in entries if entry.root == self._store.root}
+        self._catalogue.look()
+        self._listed_bytes = self._catalogue.size_bytes()
+        sizes = self._catalogue.sizes(self._store.root.name)
         pinned_first = sorted(self.items, key=lambda item: not item.pinned)
         ordered = dict.fromkeys(chunk for item in pinned_first for chunk in item.passages)
         addresses = self._addresses
@@ -144,15 +156,9 @@ class Shelf:
         stored = [c for c in self.tokens if c not in self.waiting and addresses.get(c) in sizes]
         if tokens := sum(self.tokens[c] for c in stored):
             self._bytes_per_token = sum(sizes[addresses[c]] for c in stored) / tokens
-        return entries
-
-    def _all_stores(self) -> list[KVStore]:
-        with suppress(OSError):  # nothing was stored yet
-            return [KVStore(path) for path in self._stores.iterdir() if path.is_dir()]
-        return []
 
     def _total_written(self) -> int:
-        return sum(store.total_written_bytes() for store in self._all_stores())
+        return sum(store.total_written_bytes() for store in self._catalogue.stores())
 
     # Caching
 
@@ -160,36 +166,52 @@ class Shelf:
         """Has the engine store what waits; returns how far it came.
 
         Reports at the start and after each batch; stops soon after should_stop says so, or when the rest does not
-        fit the budget.
+        fit the budget. What another process is computing is waited for at the end.
         """
+        self.trim()  # the budget may be less than it was
         state = self.progress()
         progress(state)
         stopped = False
-        while (batch := self._batch()) and not stopped and not should_stop():
+        while self.waiting and not stopped and not should_stop():
+            if not (batch := self._batch()):
+                self._wait_for_others()
+                state = self.progress()
+                progress(state)
+                continue
             while batch and not self._room_for(batch):
                 batch = batch[: len(batch) // 2]
             if not batch:
                 return replace(self.progress(), over_budget=True)
             began = time.perf_counter()
-            done = self._store_batch(batch, should_stop)
-            stopped = len(done) < len(batch)
+            done, stopped = self._store_batch(batch, should_stop)
             self.trim()
             state = replace(self.progress(), finished=done, took_ms=1000 * (time.perf_counter() - began))
             progress(state)
+            if not self.waiting.keys().isdisjoint(done):  # it had to go again, and would for ever
+                return replace(self.progress(), over_budget=True)
         return state
 
-    def _store_batch(self, batch: Sequence[str], should_stop: Callable[[], bool]) -> tuple[str, ...]:
-        """Has the engine store these passages; returns those that wait no longer: all, unless it was stopped."""
+    def _store_batch(self, batch: Sequence[str], should_stop: Callable[[], bool]) -> tuple[tuple[str, ...], bool]:
+        """Has the engine store these passages; returns those that wait no longer, and whether it was stopped."""
         texts, written_before = self._library.texts(batch), self._store.written_bytes
-        done = tuple(batch)
+        stopped = False
         try:
-            self._engine.cache([texts[chunk] for chunk in batch if chunk in texts], should_stop)
+            left = self._engine.cache([texts[chunk] for chunk in batch if chunk in texts], should_stop)
+            self._elsewhere.update(chunk for chunk in batch if texts.get(chunk) in left)
+            done = tuple(chunk for chunk in batch if chunk not in self._elsewhere)
         except Aborted:
             done = tuple(c for c in batch if c in self._addresses and self._store.has(self._addresses[c]))
+            stopped = True
         tokens = sum(self.waiting.pop(chunk, 0) for chunk in done)
         written_bytes = self._store.written_bytes - written_before
         self._bytes_per_token = max(self._bytes_per_token, written_bytes / max(1, tokens))
-        return done
+        return done, stopped
+
+    def _wait_for_others(self) -> None:
+        """Then what another process was computing is there, or can be tried again."""
+        time.sleep(_OTHERS_SECONDS)
+        self.settle(self._elsewhere)
+        self._elsewhere.clear()
 
     def settle(self, chunks: Iterable[str]) -> None:
         """Some of these passages may have been stored by an answer: then they wait no longer."""
@@ -210,55 +232,66 @@ class Shelf:
         return len(chunks)
 
     def _batch(self) -> list[str]:
-        """The next passages, all worth the same."""
-        worth = {chunk: self._worth(chunk) for chunk in islice(self.waiting, _BATCH_CHUNKS)}
-        return list(takewhile(lambda chunk: worth[chunk] == worth[next(iter(worth))], worth))
-
-    def _worth(self, chunk: str) -> int:
-        return _PINNED if chunk in self._pinned else _HELD
+        """The next passages, all pinned or none, without those that another process is computing."""
+        free = list(islice((chunk for chunk in self.waiting if chunk not in self._elsewhere), _BATCH_CHUNKS))
+        return list(takewhile(lambda chunk: (chunk in self._pinned) == (free[0] in self._pinned), free))
 
     # The budget
 
     def trim(self) -> None:
         """Evicts the least valuable until the budget is met."""
-        self._make_room(0, _PINNED + 1)
+        self._make_room(0, self._victims)
 
     def _room_for(self, batch: Sequence[str]) -> bool:
         needed = int(self._bytes_per_token * sum(self.waiting.get(chunk, 0) for chunk in batch))
-        return self._make_room(needed, self._worth(batch[0]))
+        return self._make_room(needed, self._unpinned if batch[0] in self._pinned else self._worth_less)
 
-    def _make_room(self, needed_bytes: int, below: int) -> bool:
-        """Evicts only what is worth less than `below`, and nothing where that is not enough."""
+    def _make_room(self, needed_bytes: int, victims: Callable[[], list[Entry]]) -> bool:
+        """Evicts the first of the victims, as many as it takes, and nothing where all are not enough."""
         if self.limit_bytes and not self._looked:
             self._look()
         if not self.limit_bytes or self.usage().disk_bytes + needed_bytes <= self.limit_bytes:
             return True
         self.refresh()  # another process may have stored, evicted or pinned something
         excess = self._listed_bytes + needed_bytes - self.limit_bytes
-        if excess <= 0:
-            return True
-        victims: list[Stored] = []
-        for entry in self._least_valuable_first(below):
-            victims.append(entry)
-            excess -= entry.size_bytes
+        going: list[Entry] = []
+        for entry in victims() if excess > 0 else ():
             if excess <= 0:
                 break
-        else:
+            going.append(entry)
+            excess -= entry.size_bytes
+        if excess > 0:
             return False
-        for entry in victims:
-            KVStore(entry.root).remove(entry.key)
-        self._look()
+        for entry in going:
+            self._catalogue.store(entry.store).remove(entry.key)
+        if going:
+            self._look()
         return True
 
-    def _least_valuable_first(self, below: int) -> list[Stored]:
-        worth = {address: self._worth(chunk) for chunk, address in self._addresses.items() if chunk in self.tokens}
-        worth[self._preamble] = _PINNED
-        recently = time.time() - _RECENT_SECONDS
+    def _victims(self) -> list[Entry]:
+        """All that is stored, least valuable first, what is pinned last."""
+        now, wanted, pinned = time.time(), self._wanted(), self._pinned_addresses()
 
-        def value(entry: Stored) -> int:
-            if entry.root == self._turns.root:
-                return _HELD if entry.used_at > recently else _LOOSE
-            return worth.get(entry.key, _LOOSE) if entry.root == self._store.root else _LOOSE
+        def value(entry: Entry) -> tuple[bool, float, float]:
+            expected = _EXPECTED_USES if entry.key in wanted else 0.0
+            return entry.key in pinned, entry.value(now, expected), entry.used_at
 
-        entries = [entry for entry in self._look() if value(entry) < below]
-        return sorted(entries, key=lambda entry: (value(entry), entry.used_at))
+        return sorted(self._catalogue.entries(), key=value)
+
+    def _unpinned(self) -> list[Entry]:
+        pinned = self._pinned_addresses()
+        return [entry for entry in self._victims() if entry.key not in pinned]
+
+    def _worth_less(self) -> list[Entry]:
+        """What a passage of the library may take the place of: not others, or they would take turns for ever."""
+        now, wanted = time.time(), self._wanted() | self._pinned_addresses()
+        worth = self._catalogue.seconds_per_byte(self._store.root.name) * _EXPECTED_USES
+        return [e for e in self._victims() if e.key not in wanted and e.value(now) < worth]
+
+    def _wanted(self) -> frozenset[str]:
+        """Addresses of the library's passages."""
+        return frozenset(address for chunk, address in self._addresses.items() if chunk in self.tokens)
+
+    def _pinned_addresses(self) -> frozenset[str]:
+        pinned = {self._addresses[chunk] for chunk in self._pinned if chunk in self._addresses}
+        return frozenset(pinned | {self._preamble})

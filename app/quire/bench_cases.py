@@ -1,0 +1,149 @@
+"""What measurements are made of: questions over passages, and an engine that leaves nothing behind.
+
+Questions come from a file of them, or else from the headings of the person's own library or the sample documents. Knows
+nothing of what is measured.
+"""
+
+import json
+import tempfile
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, cycle, islice, zip_longest
+from pathlib import Path
+from typing import Any
+
+from quire import chunking, paths
+from quire.documents import markup_of
+from quire.session import Session
+from quire_engine.engine import Engine
+from quire_engine.errors import QuireError
+
+_LONGEST_TOKEN_CHARS = 16  # on average; only saves counting a whole book
+
+Cut = Callable[[str], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question, answers that count as right (none where nobody knows), and the passages it is asked over, all of them
+    different."""
+
+    question: str
+    gold: tuple[str, ...]
+    passages: tuple[str, ...]
+
+
+@contextmanager
+def scratch_engine(session: Session) -> Iterator[Engine]:
+    """An engine like the session's whose cache is thrown away, so that a benchmark neither uses nor leaves anything."""
+    with tempfile.TemporaryDirectory(prefix="quire-bench-", dir=paths.cache_dir()) as folder:
+        engine = session.make_engine(Path(folder))
+        try:
+            yield engine
+        finally:
+            engine.catalogue.close()
+
+
+def cut_to(engine: Engine, tokens: int) -> Cut:
+    """Cuts a text between words into passages of nearly so many tokens, so that passages are of one size; the
+    application, which cuts where it means something, makes them shorter."""
+    limit = min(tokens, engine.limits.chunk_tokens)
+
+    def cut(text: str) -> Iterator[str]:
+        while text := text.strip():
+            lengths = range(1, min(len(text), limit * _LONGEST_TOKEN_CHARS) + 1)
+            fitting = bisect_right(lengths, limit, key=lambda length: engine.count_tokens(text[:length]))
+            end = max(1, fitting)
+            if end < len(text) and " " in text[:end]:
+                end = text.rindex(" ", 0, end)
+            yield text[:end]
+            text = text[end:]
+
+    return lambda text: list(cut(text))
+
+
+def whole(text: str) -> Sequence[str]:
+    """A text as one passage."""
+    return [text]
+
+
+def from_file(data: Path, questions: int, passages: int, cut: Cut = whole) -> list[Case]:
+    """Questions of a file in SQuAD's format, spread over its articles and asked over their first passages, or in
+    MuSiQue's: a list of {"question", "answers", "ctxs": [{"text"}]}.
+
+    cut: texts that are cut give their first pieces first, so that passages come from as many texts as possible.
+    """
+    try:
+        content = json.loads(data.read_text(encoding="utf-8"))
+        asked = _of_list(content) if isinstance(content, list) else _of_articles(content["data"], passages)
+        cases = [
+            Case(question, gold, tuple(islice(dict.fromkeys(_by_turns(map(cut, texts))), passages)))
+            for question, gold, texts in islice(asked, questions)
+        ]
+        if not cases or not all(case.passages for case in cases):
+            raise ValueError("no questions, or none with passages")
+        return cases
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise QuireError(
+            f"{data} is not a question file.",
+            "Give a JSON file in the format of SQuAD (such as XQuAD) or of MuSiQue.",
+            repr(error),
+        ) from error
+
+
+_Asked = tuple[str, tuple[str, ...], list[str]]
+
+
+def _of_list(items: list[Any]) -> Iterator[_Asked]:
+    for item in items:
+        yield item["question"], tuple(item["answers"]), [context["text"] for context in item["ctxs"]]
+
+
+def _of_articles(articles: list[Any], passages: int) -> Iterator[_Asked]:
+    """Without end."""
+    for number, article in enumerate(cycle(articles)):
+        paragraphs = article["paragraphs"][:passages]
+        qas = paragraphs[number * 7 % len(paragraphs)]["qas"]
+        chosen = qas[number * 3 % len(qas)]
+        gold = tuple(answer["text"] for answer in chosen["answers"])
+        yield chosen["question"], gold, [paragraph["context"] for paragraph in paragraphs]
+
+
+def _by_turns(texts: Iterator[Sequence[str]]) -> Iterator[str]:
+    """The first piece of each text, then the second ones."""
+    return (piece for piece in chain.from_iterable(zip_longest(*texts)) if piece is not None)
+
+
+def from_headings(session: Session, engine: Engine, questions: int, passages: int, tokens: int) -> list[Case]:
+    """Questions after the headings of the library, or of the sample documents while it is empty. Each is asked over the
+    passage below its heading and those that follow, of at most so many tokens."""
+    cut, firsts, texts = cut_to(engine, tokens), dict[str, int](), list[str]()
+    for file, passage in _documents(session, engine):
+        firsts.setdefault(passage.heading.split(" > ")[-1] or file.stem, len(texts))
+        texts += cut(passage.text)
+        if len(firsts) > questions and len(texts) >= passages:
+            break
+    return [
+        Case(
+            f"What do the documents say about {heading}?",
+            (),
+            tuple(islice(dict.fromkeys(texts[first:] + texts[:first]), passages)),
+        )
+        for heading, first in islice(firsts.items(), questions)
+    ]
+
+
+def _documents(session: Session, engine: Engine) -> Iterator[tuple[Path, chunking.Passage]]:
+    """The library's passages with their files, or else the sample documents'."""
+    files = list(session.library.contents())
+    for file in files:
+        for passage in session.library.chunks_of(file):
+            yield file, passage
+    if files:
+        return
+    for sample in sorted((paths.assets() / "sample").iterdir(), key=lambda file: file.name):
+        text, file, tokens = sample.read_text(encoding="utf-8"), Path(sample.name), engine.limits.chunk_tokens
+        for passage in chunking.split(text, engine.count_tokens, tokens, min_tokens=1, markup=markup_of(file)):
+            yield file, passage
