@@ -5,14 +5,13 @@ what to compare, not how prompts are computed.
 """
 
 import json
-import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from quire import paths
-from quire.bench_cases import Case, from_file, scratch_engine
+from quire.bench_cases import Case, contains, from_file, scratch_engine
 from quire.session import Session
 from quire_engine.baselines import PlainLlama, prefix_only_ms
 from quire_engine.engine import Engine, Request
@@ -127,14 +126,14 @@ def answers(
         for number, case in enumerate(cases, 1):
             for ratio in given:
                 given[ratio].append(_answer(engine, case, ratio, selector))
-            hits = [_contains(texts[-1], case.gold) for texts in given.values()]
+            hits = [contains(texts[-1], case.gold) for texts in given.values()]
             say(f"{number}/{len(cases)}  {'  '.join('yes' if hit else 'no ' for hit in hits)}  {case.question}")
     return [
         AnswersRow(
             ratio,
             selector,
             len(cases),
-            sum(_contains(text, case.gold) for text, case in zip(texts, cases, strict=True)),
+            sum(contains(text, case.gold) for text, case in zip(texts, cases, strict=True)),
             sum(text == exact for text, exact in zip(texts, given[1.0], strict=True)),
         )
         for ratio, texts in given.items()
@@ -233,14 +232,6 @@ def followup_table(rows: Sequence[FollowupRow]) -> list[str]:
 def _answer(engine: Engine, case: Case, ratio: float, selector: str) -> str:
     request = Request(case.question, case.passages, ratio, selector, _ANSWER_TOKENS, insist=True)
     return "".join(event.text for event in engine.answer(request) if isinstance(event, Text))
-
-
-def _contains(answer: str, gold: Sequence[str]) -> bool:
-    return any(_words(text) in _words(answer) for text in gold)
-
-
-def _words(text: str) -> str:
-    return re.sub(r"\W+", " ", text.lower()).strip()
 
 
 def _passages(session: Session, engine: Engine, tokens: int) -> tuple[str, ...]:

@@ -5,8 +5,10 @@ nothing of what is measured.
 """
 
 import json
+import re
 import tempfile
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +19,10 @@ from typing import Any
 from quire import chunking, paths
 from quire.documents import markup_of
 from quire.session import Session
-from quire_engine.engine import Engine
-from quire_engine.errors import QuireError
+from quire_engine.engine import Engine, Request
+from quire_engine.errors import Aborted, ContextOverflow, QuireError
+from quire_engine.plan import Prompt
+from quire_engine.selection import sensitivity
 
 _LONGEST_TOKEN_CHARS = 16  # on average; only saves counting a whole book
 
@@ -35,6 +39,25 @@ class Case:
     passages: tuple[str, ...]
 
 
+def contains(answer: str, gold: Sequence[str]) -> bool:
+    """Whether it has a gold answer in it, letter case and punctuation aside."""
+    return any(" ".join(_words(text)) in " ".join(_words(answer)) for text in gold)
+
+
+def f1(answer: str, gold: Sequence[str]) -> float:
+    """Words shared with the gold answer that fits best: SQuAD's F1, articles counted."""
+
+    def shared(text: str) -> float:
+        given, wanted = Counter(_words(answer)), Counter(_words(text))
+        return 2 * (given & wanted).total() / max(1, given.total() + wanted.total())
+
+    return max(map(shared, gold), default=0.0)
+
+
+def _words(text: str) -> list[str]:
+    return re.sub(r"\W+", " ", text.lower()).split()
+
+
 @contextmanager
 def scratch_engine(session: Session) -> Iterator[Engine]:
     """An engine like the session's whose cache is thrown away, so that a benchmark neither uses nor leaves anything."""
@@ -44,6 +67,34 @@ def scratch_engine(session: Session) -> Iterator[Engine]:
             yield engine
         finally:
             engine.catalogue.close()
+
+
+def prompt_of(engine: Engine, case: Case) -> Prompt:
+    """Raises ContextOverflow when it does not fit the model."""
+    try:
+        return engine.prompt(Request(case.question, case.passages))
+    except ContextOverflow as error:
+        hint = "Take fewer or shorter passages: --passages, --passage-tokens."
+        raise ContextOverflow(error.message, hint, error.details) from error
+
+
+def try_out(engine: Engine, should_stop: Callable[[], bool]) -> None:
+    """Raises QuireError when the model's KV is not reused, or when it was stopped while finding that out."""
+    try:
+        reason = engine.try_out(should_stop)
+    except Aborted:
+        raise stopped() from None
+    if reason:
+        raise QuireError(f"There is nothing to compare: {reason}")
+
+
+def stopped() -> QuireError:
+    return QuireError("It was stopped before the first question was done.", "Compare less at a time: see --help.")
+
+
+def unrelated(engine: Engine) -> tuple[int, ...]:
+    """Tokens for selectors that want sensitivities."""
+    return tuple(engine.vocabulary.tokenize(sensitivity.UNRELATED_TEXT)[: sensitivity.UNRELATED_TOKENS])
 
 
 def cut_to(engine: Engine, tokens: int) -> Cut:

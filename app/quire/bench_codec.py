@@ -10,16 +10,15 @@ from dataclasses import asdict, dataclass
 from statistics import mean
 
 from quire import bench_plans
-from quire.bench_cases import Case, scratch_engine
+from quire.bench_cases import Case, prompt_of, scratch_engine, stopped, try_out, unrelated
 from quire.bench_plans import plan_of
 from quire.session import Session
 from quire_engine import fidelity
 from quire_engine.baselines import KV_TYPES, QuantizedLlama
-from quire_engine.engine import Engine, Request
-from quire_engine.errors import Aborted, ContextOverflow, QuireError
+from quire_engine.engine import Engine
 from quire_engine.fidelity import Divergence, Fidelity, InPlace, Prefilled, Reused, Trial, Variant
 from quire_engine.plan import Prompt
-from quire_engine.selection import selectors, sensitivity
+from quire_engine.selection import selectors
 from quire_engine.types import BitPlan
 
 Say = Callable[[str], None]
@@ -83,8 +82,8 @@ def codec(
     with scratch_engine(session) as engine, ExitStack() as models:
         names = bench_plans.chosen(plans, bench_plans.ALL, engine)
         ours = {name: plan_of(name, engine) for name in dict.fromkeys((_BASELINE, *names)) if name not in KV_TYPES}
-        prompts = [_prompt(engine, case) for case in make_cases(engine)]
-        _try_out(engine, should_stop)
+        prompts = [prompt_of(engine, case) for case in make_cases(engine)]
+        try_out(engine, should_stop)
         batch = max(1, round(ratio * mean(prompt.context_tokens for prompt in prompts)))
         variants: dict[str, Variant] = {_FLOOR: Prefilled(engine.runtime, batch)}
         for name, plan in ours.items():
@@ -93,10 +92,10 @@ def codec(
         for name in _types_for(engine, names, say):
             variants[_in_place(name)] = Prefilled(models.enter_context(_quantized(engine, name, room)))
         tally, folder = _Tally(ours, len(prompts), say), engine.catalogue.root.parent
-        unrelated = _unrelated(engine) if selector.wants_sensitivities else ()
-        fidelity.compare(engine.runtime, prompts, variants, folder, tally.take, should_stop, unrelated)
+        noise = unrelated(engine) if "sensitivity" in selector.stored_scores else ()
+        fidelity.compare(engine.runtime, prompts, variants, folder, tally.take, should_stop, noise)
         if not tally.prompts:
-            raise _stopped()
+            raise stopped()
         return CodecReport(
             tuple(tally.rows()),
             fidelity.fidelity(tally.found[_FLOOR]),
@@ -152,33 +151,8 @@ class _Tally:
                 yield CodecRow(name, kv_type.bits_per_value, alone.kl, alone.kl_p99, alone.top1)
 
 
-def _try_out(engine: Engine, should_stop: Callable[[], bool]) -> None:
-    try:
-        reason = engine.try_out(should_stop)
-    except Aborted:
-        raise _stopped() from None
-    if reason:
-        raise QuireError(f"There is nothing to compare: {reason}")
-
-
-def _stopped() -> QuireError:
-    return QuireError("It was stopped before the first question was done.", "Compare fewer plans: --plans.")
-
-
-def _unrelated(engine: Engine) -> tuple[int, ...]:
-    return tuple(engine.vocabulary.tokenize(sensitivity.UNRELATED_TEXT)[: sensitivity.UNRELATED_TOKENS])
-
-
 def _in_place(name: str) -> str:
     return f"{name} in place"
-
-
-def _prompt(engine: Engine, case: Case) -> Prompt:
-    try:
-        return engine.prompt(Request(case.question, case.passages))
-    except ContextOverflow as error:
-        hint = "Take fewer or shorter passages: --passages, --passage-tokens."
-        raise ContextOverflow(error.message, hint, error.details) from error
 
 
 def _types_for(engine: Engine, names: Sequence[str], say: Say) -> Iterator[str]:

@@ -15,7 +15,7 @@ import click
 from click_default_group import DefaultGroup
 
 from quire import __version__
-from quire.commands import bench, cache, config, models
+from quire.commands import bench, cache, compare, config, models
 from quire.commands.common import INTERRUPTED, interruptible, json_option, model_option, progress_bar, session_by
 from quire.terminal import printable
 from quire_engine.errors import QuireError
@@ -56,7 +56,7 @@ def main() -> None:
     """Chat with your own documents. Their KV is cached on disk, so the first word comes at once."""
 
 
-for _group in (cache.group, models.group, config.group, bench.group):
+for _group in (cache.group, models.group, config.group, bench.group, compare.compare):
     main.add_command(_group)
 
 

@@ -8,7 +8,7 @@ prompt and at any place. Knows nothing of questions or documents.
 import hashlib
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from contextlib import ExitStack
 
 import numpy as np
@@ -21,9 +21,13 @@ from quire_engine.kv.transfer import DamagedPlacements, Placement
 from quire_engine.plan import Prompt, Segment
 from quire_engine.runtimes.base import Runtime
 from quire_engine.selection import sensitivity, spectral
-from quire_engine.types import BitPlan, ChunkKV, Float32
+from quire_engine.types import BitPlan, ChunkKV, Float16, Float32
 
 _ENCODING = b"behind the preamble; 1"  # part of every address: bump when it changes
+USUAL_SCORES = frozenset({"spectral"})
+"""What every chunk is stored with; other scores are measured when a selector first asks for them."""
+
+_SENSITIVITY = "sensitivity"
 _EXACT_BITS = 16
 _ATTEMPTS = 3  # at reading back what was damaged and written again
 
@@ -71,68 +75,81 @@ class ChunkCache:
         """Those that are not stored, each once."""
         return tuple({s.key: s for s in segments if not self.has(s)}.values())
 
-    def encode(self, runtime: Runtime, segment: Segment, sensitivities: bool = False) -> None:
+    def encode(self, runtime: Runtime, segment: Segment, scores: Set[str] = USUAL_SCORES) -> None:
         """Reads a segment behind the preamble, scores its tokens, packs and stores it.
 
-        sensitivities: measure that score too, which takes a second reading.
+        scores: which ones; `sensitivity` takes a second reading.
         """
         with self.store.claimed(segment.key):  # whoever needs it at once does not wait for another process
-            self._encode(runtime, segment, sensitivities)
+            self._encode(runtime, segment, scores)
 
     def encode_ahead(self, runtime: Runtime, segment: Segment) -> bool:
         """As encode, unless another process is at it: then False. One that is stored already stays as it is."""
         with self.store.claimed(segment.key) as mine:
             if mine and not self.store.has(segment.key):
-                self._encode(runtime, segment, sensitivities=False)
+                self._encode(runtime, segment, USUAL_SCORES)
             return mine
 
-    def _encode(self, runtime: Runtime, segment: Segment, sensitivities: bool) -> None:
+    def _encode(self, runtime: Runtime, segment: Segment, scores: Set[str]) -> None:
         began = time.perf_counter()
         if segment == self.preamble:
             kv = ChunkKV(*runtime.encode((), segment.tokens), scores={})
             plan = BitPlan.uniform(runtime.shape.layers, _EXACT_BITS, _EXACT_BITS)
         else:
-            kv, plan = self._read(runtime, segment.tokens, sensitivities), self._plan
+            kv, plan = self._read(runtime, segment.tokens, scores), self._plan
         packed = codec.encode(kv, plan, codec.text_order(kv.tokens))
         data = format.to_bytes(packed, bytes.fromhex(segment.key))
         self.store.write(segment.key, data, time.perf_counter() - began)
 
-    def _read(self, runtime: Runtime, tokens: tuple[int, ...], sensitivities: bool) -> ChunkKV:
+    def _read(self, runtime: Runtime, tokens: tuple[int, ...], scores: Set[str]) -> ChunkKV:
         """The chunk's KV behind the preamble, and the scores that selectors want later."""
         k_pre, v = runtime.encode(self.preamble.tokens, tokens)
-        scores = {"spectral": spectral.score(k_pre, v)}
-        if sensitivities:
+        found = {name: spectral.named(name, k_pre, v) for name in sorted(scores - {_SENSITIVITY})}
+        if _SENSITIVITY in scores:
             elsewhere = (*self.preamble.tokens, *self._unrelated)
             moved = runtime.encode(elsewhere, tokens, sensitivity.early_layers(runtime.shape.layers))
-            scores["sensitivity"] = sensitivity.score((k_pre, v), moved)
-        return ChunkKV(k_pre, v, scores)
+            found[_SENSITIVITY] = sensitivity.score((k_pre, v), moved)
+        return ChunkKV(k_pre, v, found)
 
-    def complete(self, runtime: Runtime, prompt: Prompt, sensitivities: bool = False) -> frozenset[str]:
+    def complete(self, runtime: Runtime, prompt: Prompt, scores: Set[str] = frozenset()) -> frozenset[str]:
         """Encodes what the prompt needs and the store does not hold; the keys that were encoded.
 
-        sensitivities: chunks stored without that score are encoded again with it.
+        scores: chunks stored without all of these are encoded again, and keep what they have.
         """
-        lacking = {segment.key: segment for segment in self.missing(prompt.stored)}
-        if sensitivities:
-            lacking |= {chunk.key: chunk for chunk in prompt.chunks if not self._has_score(chunk, "sensitivity")}
-        for segment in lacking.values():
-            self.encode(runtime, segment, sensitivities)
-        return frozenset(lacking)
+        wanted = dict.fromkeys(self.missing(prompt.stored), USUAL_SCORES | scores)
+        for chunk in prompt.chunks if scores else ():
+            held = self._stored_scores(chunk)
+            if not scores <= held:
+                wanted[chunk] = USUAL_SCORES | scores | held
+        for segment, names in wanted.items():
+            self.encode(runtime, segment, names)
+        return frozenset(segment.key for segment in wanted)
 
-    def _has_score(self, segment: Segment, name: str) -> bool:
+    def _stored_scores(self, segment: Segment) -> frozenset[str]:
         try:
             with self._open(segment) as reader:
-                return name in reader.scores
+                return frozenset(reader.scores)
         except (MissingChunk, DamagedChunk):
-            return False
+            return frozenset()
+
+    def values(self, segment: Segment, layers: int) -> Float16:
+        """Stored V of the first layers: [layers, tokens, kv_heads, dim]. Raises MissingChunk, or
+        DamagedChunk, and then drops the chunk."""
+        try:
+            with self._open(segment) as reader:
+                return np.stack([codec.decode_layer(reader.layer(layer))[1] for layer in range(layers)])
+        except DamagedChunk:
+            self.store.remove(segment.key)
+            raise
 
     def place(
-        self, runtime: Runtime, prompt: Prompt, sensitivities: bool = False
+        self, runtime: Runtime, prompt: Prompt, scores: Set[str] = frozenset()
     ) -> tuple[list[dict[str, Float32]], frozenset[str]]:
         """Loads preamble and chunks into the runtime, at their places.
 
         Returns the stored scores of each chunk, and the keys of those that had to be encoded again because their
-        bytes were gone or damaged. Raises DamagedChunk when what was just written cannot be read either.
+        bytes were gone or damaged, or lacked one of `scores`. Raises DamagedChunk when what was just written cannot be
+        read either.
         """
         repaired: frozenset[str] = frozenset()
         for attempt in range(_ATTEMPTS):
@@ -143,8 +160,10 @@ class ChunkCache:
                         for segment, start in prompt.places
                         if segment.tokens
                     ]
-                    runtime.place(placements)
-                    return [p.chunk.scores for p in placements[-len(prompt.chunks) :]], repaired
+                    stored = [placement.chunk.scores for placement in placements[-len(prompt.chunks) :]]
+                    if all(scores <= of_one.keys() for of_one in stored):  # another process may have written it anew
+                        runtime.place(placements)
+                        return stored, repaired
             except DamagedPlacements as damaged:
                 for key in damaged.keys:
                     self.store.remove(key)
@@ -152,7 +171,7 @@ class ChunkCache:
                 for segment in prompt.stored:
                     self._drop_if_unreadable(segment)
             if attempt < _ATTEMPTS - 1:
-                repaired |= self.complete(runtime, prompt, sensitivities)
+                repaired |= self.complete(runtime, prompt, scores)
         raise DamagedChunk("Stored passages cannot be read back from the disk.", "Check the disk.")
 
     def _open(self, segment: Segment) -> ChunkReader:

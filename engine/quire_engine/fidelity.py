@@ -6,6 +6,7 @@ product does, `InPlace` what the codec alone does to the rows of full prefill, `
 other batches. Knows nothing of where questions come from, or which variants are worth comparing.
 """
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ from quire_engine.plan import Prompt, Segment
 from quire_engine.prefill import Prefill
 from quire_engine.runtimes.base import Runtime
 from quire_engine.selection import selectors
+from quire_engine.selection.selectors import Selector
 from quire_engine.types import BitPlan, ChunkKV, Float32
 
 ANSWER_TOKENS = 16
@@ -83,10 +85,34 @@ def fidelity(divergences: Sequence[Divergence]) -> Fidelity:
 
 def added(divergences: Sequence[Divergence], to: Sequence[Divergence]) -> Added:
     """Paired by question; the interval is the bootstrap's over questions, the same at every call."""
-    differences = np.array([a.mean_kl - b.mean_kl for a, b in zip(divergences, to, strict=True)])
-    drawn = np.random.default_rng(0).integers(len(differences), size=(_RESAMPLES, len(differences)))
-    low, high = np.percentile(differences[drawn].mean(axis=1), [2.5, 97.5])
-    return Added(float(differences.mean()), float(low), float(high))
+    differences = [a.mean_kl - b.mean_kl for a, b in zip(divergences, to, strict=True)]
+    return Added(float(np.mean(differences)), *interval(differences))
+
+
+def interval(of_questions: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of a mean over questions."""
+    values = np.asarray(of_questions, dtype=np.float64)
+    drawn = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
+    low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer that was not forced: the likeliest tokens, until the model ended it or as many as were allowed."""
+
+    tokens: tuple[int, ...]
+    first_token_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One question both ways. divergence: of ours along the exact answer, and where it ends."""
+
+    exact: Reply
+    ours: Reply
+    divergence: Divergence
 
 
 class Variant(Protocol):
@@ -106,11 +132,8 @@ class Reused:
 
     def read(self, trial: "Trial") -> tuple[Float32, Extend]:
         trial.runtime.rewind(0)
-        prefill = Prefill(trial.runtime, trial.stored(self.plan).cache, trial.prompt, self.ratio, Clock())
-        scores = prefill.run(selectors.parse(self.selector))
-        if prefill.report(0, "end").ratio != self.ratio:
-            raise QuireError("Stored passages could not be read back, so there is nothing to measure.")
-        return scores, trial.runtime.extend
+        cache = trial.stored(self.plan).cache
+        return _stitched(trial.runtime, cache, trial.prompt, self.ratio, selectors.parse(self.selector))
 
 
 @dataclass(frozen=True)
@@ -177,11 +200,13 @@ class Trial:
         folder: Path,
         unrelated: tuple[int, ...] = (),
         answer_tokens: int = ANSWER_TOKENS,
+        scores: frozenset[str] = frozenset(),
     ) -> None:
         """prompt: of a first turn, with no passage twice.  folder: where files may lie meanwhile.
-        unrelated: tokens for selectors that want sensitivities, as ChunkCache has them; empty when none does."""
+        unrelated: tokens for selectors that want sensitivities, as ChunkCache has them; empty when none does.
+        scores: that selectors want of stored passages; those not named are measured when first asked for."""
         self.runtime = runtime
-        self._unrelated = unrelated
+        self._unrelated, self._scores = unrelated, scores
         self._folder = TemporaryDirectory(prefix="trial-", dir=folder)
         self._stored: dict[tuple[BitPlan, bool], Stored] = {}
         self._exact = self._cache("exact", prompt, BitPlan.uniform(runtime.shape.layers, _EXACT_BITS, _EXACT_BITS))
@@ -191,25 +216,23 @@ class Trial:
         runtime.rewind(0)
         runtime.execute(plans.compute_all(self.prompt))
         self._rows = {segment.key: self._row(segment, start) for segment, start in self.prompt.places if segment.tokens}
-        scores = runtime.extend(prompt.question.tokens)
-        self._reference = [_log_softmax(scores)]
-        self.answer = [int(scores.argmax())]
+        logits = runtime.extend(prompt.question.tokens)
+        self._reference = [_log_softmax(logits)]
+        self.answer = [int(logits.argmax())]
         while len(self.answer) < answer_tokens:
-            scores = runtime.extend(self.answer[-1:])
-            self._reference.append(_log_softmax(scores))
-            self.answer.append(int(scores.argmax()))
+            logits = runtime.extend(self.answer[-1:])
+            self._reference.append(_log_softmax(logits))
+            self.answer.append(int(logits.argmax()))
 
     def measure(self, variant: Variant) -> Divergence:
         """The variant's answer to the question, forced to full prefill's tokens."""
-        scores, extend = variant.read(self)
-        kl, agrees = [], []
-        for place, expected in enumerate(self._reference):
-            if place:
-                scores = extend(self.answer[place - 1 : place])
-            found = _log_softmax(scores)
-            kl.append(float(np.sum(np.exp(expected) * (expected - found))))
-            agrees.append(bool(expected.argmax() == found.argmax()))
-        return Divergence(tuple(kl), tuple(agrees))
+        return _forced(self._reference, self.answer, *variant.read(self))
+
+    def examine(self, variant: Variant, is_end: Callable[[int], bool], most: int) -> tuple[Divergence, Reply]:
+        """As measure, and the variant's own answer of at most so many tokens. It has to use this trial's runtime."""
+        reply, seen, extend = _replied(lambda: variant.read(self), is_end, most)
+        self.runtime.rewind(len(self.prompt.tokens))
+        return _forced(self._reference, self.answer, seen[0], extend), reply
 
     def stored(self, plan: BitPlan, in_place: bool = False) -> Stored:
         """The passages by this plan, as read alone; or in_place, as full prefill has them."""
@@ -231,7 +254,7 @@ class Trial:
     def _alone(self) -> dict[str, ChunkKV]:
         """Preamble and passages as the product reads them, bit for bit, by key."""
         self.runtime.rewind(0)
-        self._exact.complete(self.runtime, self.prompt, sensitivities=bool(self._unrelated))
+        self._exact.complete(self.runtime, self.prompt, self._scores)
         found = {}
         for segment in self.prompt.stored:
             if segment.tokens:
@@ -278,6 +301,69 @@ def compare(
                 on_question(trial, found)
         except Aborted:
             return
+
+
+def both_ways(
+    runtime: Runtime,
+    chunks: ChunkCache,
+    prompt: Prompt,
+    ratio: float,
+    selector: Selector,
+    is_end: Callable[[int], bool],
+    most: int,
+) -> Comparison:
+    """Answers a prompt of a first turn exactly and over stored KV. What is not stored yet is encoded first, untimed.
+
+    is_end: whether a token ends an answer.  most: tokens of an answer.
+    """
+    runtime.reserve(2 * len(prompt.tokens) + most + _SCRATCH_TOKENS)
+    runtime.rewind(0)
+    chunks.complete(runtime, prompt, selector.stored_scores)
+    runtime.extend(prompt.question.tokens)  # so that neither way pays for bringing the weights to memory
+    exact, reference, _ = _replied(lambda: _stitched(runtime, chunks, prompt, 1.0, selector), is_end, most)
+    ours, seen, extend = _replied(lambda: _stitched(runtime, chunks, prompt, ratio, selector), is_end, most)
+    runtime.rewind(len(prompt.tokens))
+    return Comparison(exact, ours, _forced(map(_log_softmax, reference), exact.tokens, seen[0], extend))
+
+
+def _stitched(
+    runtime: Runtime, chunks: ChunkCache, prompt: Prompt, ratio: float, selector: Selector
+) -> tuple[Float32, Extend]:
+    runtime.rewind(0)
+    prefill = Prefill(runtime, chunks, prompt, ratio, Clock())
+    scores = prefill.run(selector)
+    if prefill.report(0, "end").ratio != ratio:
+        raise QuireError("Stored passages could not be read back, so there is nothing to measure.")
+    return scores, runtime.extend
+
+
+def _replied(
+    read: Callable[[], tuple[Float32, Extend]], is_end: Callable[[int], bool], most: int
+) -> tuple[Reply, list[Float32], Extend]:
+    """The answer, the scores behind each of its tokens and of what would have come next, and how to read on."""
+    began = time.perf_counter()
+    scores, extend = read()
+    first_ms = 1000 * (time.perf_counter() - began)
+    said, seen = list[int](), [scores]
+    while len(said) < most and not is_end(token := int(seen[-1].argmax())):
+        said.append(token)
+        if len(said) < most:
+            seen.append(extend((token,)))
+    return Reply(tuple(said), first_ms, 1000 * (time.perf_counter() - began)), seen, extend
+
+
+def _forced(
+    reference: Iterable[LogProbabilities], answer: Sequence[int], scores: Float32, extend: Extend
+) -> Divergence:
+    """How scores differ from the reference's while reading its answer."""
+    kl, agrees = [], []
+    for place, expected in enumerate(reference):
+        if place:
+            scores = extend(answer[place - 1 : place])
+        found = _log_softmax(scores)
+        kl.append(float(np.sum(np.exp(expected) * (expected - found))))
+        agrees.append(bool(expected.argmax() == found.argmax()))
+    return Divergence(tuple(kl), tuple(agrees))
 
 
 def _packed(kv: ChunkKV, plan: BitPlan, key: str) -> bytes:

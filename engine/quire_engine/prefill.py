@@ -8,11 +8,11 @@ import numpy as np
 from quire_engine import plan
 from quire_engine.chunks import ChunkCache
 from quire_engine.clock import Clock
-from quire_engine.errors import DamagedChunk, UnwritableStore
+from quire_engine.errors import DamagedChunk, MissingChunk, UnwritableStore
 from quire_engine.generate import Ending
 from quire_engine.plan import Prompt, StitchPlan
 from quire_engine.runtimes.base import Runtime
-from quire_engine.selection import selectors
+from quire_engine.selection import deviation, selectors
 from quire_engine.selection.selectors import Evidence, Selector
 from quire_engine.types import Answered, Float32, Timings, TokenCounts
 
@@ -42,7 +42,8 @@ class Prefill:
         if self._ratio < 1 and self._prompt.chunks:
             try:
                 self._stitched = self._stitch(selector)
-            except (DamagedChunk, UnwritableStore):  # the disk takes or gives nothing: an answer does without it
+            except (DamagedChunk, MissingChunk, UnwritableStore):
+                # The disk takes or gives nothing: an answer does without it.
                 self._ratio = 1.0
         with self.clock.step("recompute"):
             self._runtime.execute(self._stitched or plan.compute_all(self._prompt))
@@ -55,23 +56,38 @@ class Prefill:
         """Loads the chunks, asks what the question looks at, and decides which tokens to compute again."""
         prompt, runtime = self._prompt, self._runtime
         with self.clock.step("encode"):
-            self._encoded = self._chunks.complete(runtime, prompt, selector.wants_sensitivities)
+            self._encoded = self._chunks.complete(runtime, prompt, selector.stored_scores)
         if not prompt.opening.key:
             with self.clock.step("recompute"):
                 runtime.extend(prompt.opening.tokens)
+        mass = moved = np.zeros(0, dtype=np.float32)
+        if selector.compares_values:
+            with self.clock.step("probe"):
+                moved = self._value_deviation()
         with self.clock.step("load"):
-            stored_scores, repaired = self._chunks.place(runtime, prompt, selector.wants_sensitivities)
+            stored_scores, repaired = self._chunks.place(runtime, prompt, selector.stored_scores)
             self._encoded |= repaired
-        mass = np.zeros(0, dtype=np.float32)
         if selector.asks_question:
             with self.clock.step("probe"):
                 mass = runtime.probe(prompt.question.tokens, prompt.context_tokens)
-        offsets = np.asarray(prompt.starts[1:]) - prompt.stored_start
+        exact = prompt.starts[1] - prompt.stored_start
+        ends = np.cumsum([len(chunk) for chunk in prompt.chunks])[:-1]
         evidence = [
-            Evidence(len(chunk), scores, mass[offset : offset + len(chunk)])
-            for chunk, scores, offset in zip(prompt.chunks, stored_scores, offsets.tolist(), strict=False)
+            Evidence(len(chunk), scores, *measured)
+            for chunk, scores, *measured in zip(
+                prompt.chunks, stored_scores, np.split(mass[exact:], ends), np.split(moved, ends), strict=True
+            )
         ]
         return plan.stitch(prompt, selectors.choose(selector, evidence, self._ratio, runtime.tile_tokens))
+
+    def _value_deviation(self) -> Float32:
+        """Of all passages' stored values from those that they have behind each other [tokens]."""
+        chunks, runtime = self._prompt.chunks, self._runtime
+        layers = deviation.compared_layers(runtime.shape.layers)
+        together = [token for chunk in chunks for token in chunk.tokens]
+        _, fresh = runtime.encode(self._chunks.preamble.tokens, together, layers)
+        stored = np.concatenate([self._chunks.values(chunk, layers) for chunk in chunks], axis=1)
+        return deviation.score(fresh, stored)
 
     def report(self, generated: int, ending: Ending, decode_ms: float = 0.0) -> Answered:
         """The truth about this answer."""

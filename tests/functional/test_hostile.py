@@ -93,7 +93,7 @@ def test_no_screen_hands_them_on(terminal: Terminal) -> None:
     see(" water\r", "1 source: ")
     see("\x1b[Z", "1 source: ")
     see("\r", "recomputed")
-    see("\t", "Open in editor")
+    see("\t", "Open ")
     see("\x1b[B", "")
     see("\r", "Esc closes")
     see(ESC, "Ask your documents")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from quire_engine.selection import probe, sensitivity, spectral
+from quire_engine.selection import deviation, probe, sensitivity, spectral
 from quire_engine.types import Float16, ModelShape, Rope
 from quire_kernels import attention
 
@@ -17,17 +17,18 @@ def random_kv(layers: int, tokens: int, kv_heads: int, dim: int, seed: int = 0) 
 # CacheTune's spectral score
 
 
-def spectral_slowly(k: Float16, v: Float16, alpha: float) -> list[float]:
-    """Every channel through a discrete Fourier transform written out as sums, low bins kept."""
+def spectral_slowly(k: Float16, v: Float16, alpha: float, high: bool = False) -> list[float]:
+    """Every channel through a discrete Fourier transform written out as sums, low bins kept, or high ones."""
     layers, tokens = k.shape[:2]
-    kept = int(alpha * (tokens // 2 + 1))
+    bins = range(tokens // 2 + 1)
+    cut = int(alpha * len(bins))
     scores = [0.0] * tokens
     for layer in range(layers):
         norms = np.zeros(tokens)
         for x in (k[layer], v[layer]):
             channels = x.reshape(tokens, -1).astype(np.float64)
             smooth = np.zeros_like(channels)
-            for bin_ in range(kept):
+            for bin_ in bins[cut:] if high else bins[:cut]:
                 wave = np.exp(-2j * math.pi * bin_ * np.arange(tokens) / tokens)
                 coefficient = wave @ channels  # [channels]
                 mirrored = 1 if bin_ == 0 or 2 * bin_ == tokens else 2
@@ -47,6 +48,27 @@ def test_spectral_equals_the_slow_formula(tokens: int, alpha: float) -> None:
     assert scores.sum() == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize(("tokens", "alpha"), [(2, 0.5), (7, 0.5), (32, 0.5), (33, 0.3)])
+def test_highpass_equals_the_slow_formula_and_is_the_complement(tokens: int, alpha: float) -> None:
+    k, v = random_kv(3, tokens, 2, 4), random_kv(3, tokens, 2, 6, seed=1)
+    scores = spectral.score(k, v, alpha, high=True)
+    np.testing.assert_allclose(scores, spectral_slowly(k, v, alpha, high=True), rtol=1e-4)
+    flat = np.ones_like(k)
+    assert spectral.score(flat, flat, alpha, high=True).max() < 1e-3 < spectral.score(flat, flat, alpha).min()
+
+
+def test_bands_by_name() -> None:
+    k, v = random_kv(2, 20, 2, 4), random_kv(2, 20, 2, 4, seed=1)
+    for name, expected in {
+        "spectral": spectral.score(k, v, 0.5),
+        "spectral:0.3": spectral.score(k, v, 0.3),
+        "highpass": spectral.score(k, v, 0.5, high=True),
+        "highpass:0.2": spectral.score(k, v, 0.2, high=True),
+    }.items():
+        assert spectral.canonical(name) == name
+        np.testing.assert_array_equal(spectral.named(name, k, v), expected)
+
+
 def test_spectral_follows_slow_changes_only() -> None:
     """A hill over many tokens counts, as much energy flickering from token to token does not."""
     tokens = 64
@@ -56,6 +78,26 @@ def test_spectral_follows_slow_changes_only() -> None:
     k[0, 40:56, 0, 1] = 3.0 * np.tile([1, -1], 8)
     scores = spectral.score(k, k)
     assert scores[18:30].min() > 2 * scores[42:54].max()
+
+
+# CacheBlend's value deviation
+
+
+def test_value_deviation_is_the_norm_over_all_layers_but_the_first() -> None:
+    stored = random_kv(3, 4, 2, 8)
+    fresh = stored.copy()
+    fresh[0] += np.float16(9)  # rounding of a quantised first layer says nothing
+    fresh[1, 2, 0, 0] += np.float16(3)
+    fresh[2, 2, 1, 5] -= np.float16(4)
+    scores = deviation.score(fresh, stored)
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, [0, 0, 5, 0], rtol=5e-3)
+
+
+def test_a_model_of_one_layer_has_nothing_else_to_compare() -> None:
+    stored = random_kv(1, 4, 1, 4)
+    assert deviation.compared_layers(1) == 1
+    np.testing.assert_allclose(deviation.score(stored + np.float16(1), stored), np.full(4, 2.0), rtol=5e-3)
 
 
 # Sensitivity

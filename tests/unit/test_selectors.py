@@ -39,6 +39,10 @@ def test_default_and_names() -> None:
         ("first+", ""),
         ("3", "3"),
         ("0*first", "0"),
+        ("spectral:1.5", "spectral:1.5"),
+        ("spectral:nan", "spectral:nan"),
+        ("highpass:", "highpass:"),
+        ("probe:0.3", "probe:0.3"),
     ],
 )
 def test_an_unknown_selector_is_refused_by_name(expression: str, unknown: str) -> None:
@@ -55,9 +59,31 @@ def test_a_product_multiplies_its_factors() -> None:
     np.testing.assert_array_equal(Rule(("sensitivity",)).scores(known), known.stored["sensitivity"])
 
 
-def test_a_score_that_was_not_stored_does_not_matter() -> None:
-    bare = Evidence(30, {}, evidence(30).probe)
-    np.testing.assert_array_equal(Rule(("probe", "sensitivity")).scores(bare), bare.probe)
+def test_a_score_that_was_not_stored_is_never_made_up() -> None:
+    with pytest.raises(KeyError):
+        Rule(("probe", "sensitivity")).scores(Evidence(30, {}, evidence(30).probe))
+
+
+def test_bands_of_frequencies_have_one_spelling() -> None:
+    assert parse("spectral:.3").name == "spectral:0.3"
+    assert parse("spectral:0.5 * highpass:.50").name == "spectral*highpass"
+    assert parse("2*spectral:.3 + probe*highpass").stored_scores == {"spectral:0.3", "highpass"}
+    assert parse("default").stored_scores == parse("first*random+value-deviation").stored_scores == frozenset()
+    low, half = np.arange(32, 0, -1, dtype=np.float32), np.ones(32, dtype=np.float32)
+    known = Evidence(32, {"spectral:0.3": low, "spectral": half}, np.zeros(0, np.float32))
+    np.testing.assert_array_equal(parse("spectral:.3").rules[0].scores(known), low)
+
+
+def test_deviating_values_are_sought_over_all_chunks() -> None:
+    deviations = [np.full(64, 1e-6, np.float32), np.full(64, 1e-6, np.float32)]
+    deviations[1][16:48] = 1.0
+    nothing = np.zeros(0, np.float32)
+    selector = parse("value-deviation")
+    first, second = choose(selector, [Evidence(64, {}, nothing, moved) for moved in deviations], 32 / 128)
+    assert selector.compares_values
+    assert not selector.asks_question
+    assert not first.any()
+    assert np.flatnonzero(second).tolist() == list(range(16, 48))
 
 
 def test_first_takes_the_beginning_of_every_chunk() -> None:

@@ -18,6 +18,7 @@ from quire.commands.common import (
     session_by,
     to_stderr,
 )
+from quire_engine.errors import QuireError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -133,6 +134,65 @@ def codec(
             sys.exit(INTERRUPTED)
 
 
+@group.command()
+@_data_option
+@click.option("--questions", type=_count, default=16, show_default=True, help="How many are asked.")
+@click.option("--passages", type=_count, default=6, show_default=True, help="Passages in the prompt.")
+@_passage_tokens_option
+@click.option("--ratio", "ratios", default="0.08,0.16,0.32", show_default=True, help="Ratios to compare.")
+@click.option(
+    "--selector",
+    "selectors",
+    default="default,spectral,first,random",
+    show_default=True,
+    help="Which selectors, such as default,spectral:0.3,probe*highpass.",
+)
+@click.option(
+    "--plan", "plans", default="", help="Precision plans, such as fp16,safe; that of the settings unless given."
+)
+@click.option(
+    "--picture", type=click.Path(path_type=Path), help="Draw quality against speed into this PNG or SVG file."
+)
+@model_option
+@json_option
+def fidelity(
+    data: Path | None,
+    questions: int,
+    passages: int,
+    passage_tokens: int,
+    ratios: str,
+    selectors: str,
+    plans: str,
+    picture: Path | None,
+    model: str | None,
+    as_json: bool,
+) -> None:
+    """How near answers over stored KV are to full prefill's, and how fast, by selector, ratio and precision plan.
+
+    Ctrl-C ends it with what was found so far; the same command goes on from there. Without --data questions are made
+    from the headings of the library, or of the sample documents.
+    """
+    from quire import bench_fidelity as measure
+    from quire import bench_picture
+
+    if picture:
+        bench_picture.check()
+    with session_by(model=model) as session, interruptible() as stopping:
+        ways = [
+            measure.Way(selector, ratio, plan)
+            for plan in _listed(plans) or [session.settings.precision]
+            for selector in _listed(selectors) or ["default"]
+            for ratio in _shares(ratios)
+        ]
+        cases = _cases(session, data, questions, passages, passage_tokens)
+        report = measure.measure(session, cases, ways, to_stderr, stopping.is_set)
+        if picture:
+            bench_picture.draw(report, picture)
+        click.echo(measure.as_json(report) if as_json else "\n".join(measure.table(report)))
+        if stopping.is_set():
+            sys.exit(INTERRUPTED)
+
+
 @group.command(name="bytes")
 @_data_option
 @click.option("--plans", default="", help="Which plans, such as safe,k4v3,measured-3.4; all unless given.")
@@ -150,6 +210,18 @@ def bytes_(data: Path | None, plans: str, runs: int, model: str | None, as_json:
         cases = _cases(session, data, questions=1, passages=8, tokens=180)
         report = measure.measure(session, cases, plans, runs, to_stderr)
         click.echo(measure.as_json(report) if as_json else "\n".join(measure.table(report)))
+
+
+def _listed(text: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _shares(text: str) -> list[float]:
+    """Ratios that reuse something. Raises QuireError."""
+    shares = list(dict.fromkeys(numbers(text, float)))
+    if not shares or not all(0 <= share < 1 for share in shares):
+        raise QuireError(f"{text!r} is not a list of ratios.", "Write for example 0.08,0.16; 1 is full prefill itself.")
+    return shares
 
 
 def _cases(

@@ -2,19 +2,21 @@
 per token.
 
 "3*first+probe" spends three quarters of the budget on the beginnings of the chunks and one where the question looks;
-"probe*sensitivity" multiplies the question's attention with the chunk's stored sensitivity. Chosen tokens come in short
+"probe*sensitivity" multiplies the question's attention with the chunk's stored sensitivity; "spectral:0.3" is the
+frequency rule with three tenths of the frequencies in place of half. Chosen tokens come in short
 spans, since neighbours belong together and a runtime pays per span. Knows nothing of how scores were measured.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
 
 from quire_engine.errors import QuireError
 from quire_engine.plan import Mask
+from quire_engine.selection import spectral
 from quire_engine.types import Float32
 
 DEFAULT = "3*first+probe"
@@ -25,18 +27,12 @@ _SHARES = re.compile(r"[1-9][0-9]?")
 @dataclass(frozen=True)
 class Evidence:
     """What is known about the tokens of one chunk. stored: scores kept with it.  probe: this question's attention
-    mass, empty when it was not measured."""
+    mass.  deviation: of stored values from this prompt's. Either is empty when it was not measured."""
 
     tokens: int
     stored: Mapping[str, Float32]
     probe: Float32
-
-
-def _stored(name: str) -> Callable[[Evidence], Float32]:
-    def factor(evidence: Evidence) -> Float32:
-        return evidence.stored.get(name, np.ones(evidence.tokens, dtype=np.float32))
-
-    return factor
+    deviation: Float32 = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
 
 
 def _first(evidence: Evidence) -> Float32:
@@ -47,13 +43,15 @@ def _random(evidence: Evidence) -> Float32:
     return np.random.default_rng(evidence.tokens).random(evidence.tokens, dtype=np.float32)
 
 
+_PROBE, _DEVIATION = "probe", "value-deviation"
 _FACTORS: dict[str, Callable[[Evidence], Float32]] = {
-    "probe": lambda evidence: evidence.probe,
-    "sensitivity": _stored("sensitivity"),
-    "spectral": _stored("spectral"),
+    _PROBE: lambda evidence: evidence.probe,
+    _DEVIATION: lambda evidence: evidence.deviation,
     "first": _first,
     "random": _random,
 }
+_STORED = ("sensitivity", *spectral.NAMES)
+_NAMES = (_PROBE, *_STORED, _DEVIATION, "first", "random")
 
 
 @dataclass(frozen=True)
@@ -69,25 +67,30 @@ class Rule:
 
     @property
     def asks_question(self) -> bool:
-        return "probe" in self.factors
+        return _PROBE in self.factors
+
+    @property
+    def knows_prompt(self) -> bool:
+        """Whether its scores can be compared between chunks, since they come from the prompt they stand in."""
+        return self.asks_question or _DEVIATION in self.factors
 
     def scores(self, evidence: Evidence) -> Float32:
         product = np.ones(evidence.tokens, dtype=np.float32)
         for factor in self.factors:
-            product = product * _FACTORS[factor](evidence)
+            product = product * (_FACTORS[factor](evidence) if factor in _FACTORS else evidence.stored[factor])
         return product
 
     def spans(self, chunks: Sequence[Evidence]) -> list[tuple[int, int]]:
         """All spans as (chunk, first token), the most worthwhile first.
 
-        A rule that asks the question spends its budget where the question looks; one that does not, evenly.
+        A rule that knows the prompt spends its budget where it matters there; one that does not, evenly.
         """
         worth = []
         for number, chunk in enumerate(chunks):
             scores = self.scores(chunk)
             starts = range(0, chunk.tokens, SPAN_TOKENS)
             means = [float(scores[start : start + SPAN_TOKENS].mean()) for start in starts]
-            if not self.asks_question:  # worth by rank, so that equal shares of all chunks are worth the same
+            if not self.knows_prompt:  # worth by rank, so that equal shares of all chunks are worth the same
                 before = 0
                 for span in sorted(range(len(means)), key=lambda span: -means[span]):
                     length = min(SPAN_TOKENS, chunk.tokens - span * SPAN_TOKENS)
@@ -113,14 +116,19 @@ class Selector:
         return any(rule.asks_question for rule in self.rules)
 
     @property
-    def wants_sensitivities(self) -> bool:
-        """Whether chunks need a score that is only measured on request."""
-        return any("sensitivity" in rule.factors for rule in self.rules)
+    def compares_values(self) -> bool:
+        """Whether the first layers of the whole context have to be computed."""
+        return any(_DEVIATION in rule.factors for rule in self.rules)
+
+    @property
+    def stored_scores(self) -> frozenset[str]:
+        """The scores that chunks need to be stored with."""
+        return frozenset(name for rule in self.rules for name in rule.factors if name not in _FACTORS)
 
 
 def parse(expression: str) -> Selector:
     """A selector by name: factors joined by `*` to rules, rules by `+`, or `default`. A rule may begin with a number,
-    its shares of the budget.
+    its shares of the budget, and `spectral` and `highpass` may end with one, the share of frequencies that is low.
 
     Raises QuireError for an unknown factor.
     """
@@ -130,13 +138,21 @@ def parse(expression: str) -> Selector:
 
 def _rule(names: list[str]) -> Rule:
     shares = int(names.pop(0)) if len(names) > 1 and _SHARES.fullmatch(names[0]) else 1
-    for name in names:
-        if name not in _FACTORS:
-            raise QuireError(
-                f"There is no selector {name!r}.",
-                f"Use default, or any of {', '.join(_FACTORS)}, or several joined by * (product) or + (shared budget).",
-            )
-    return Rule(tuple(names), shares)
+    return Rule(tuple(map(_factor, names)), shares)
+
+
+def _factor(name: str) -> str:
+    """Its one spelling."""
+    if name in _NAMES:
+        return name
+    try:
+        return spectral.canonical(name)
+    except ValueError:
+        raise QuireError(
+            f"There is no selector {name!r}.",
+            f"Use default, or any of {', '.join(_NAMES)}, or several joined by * (product) or + (shared budget). "
+            "spectral:0.3 and highpass:0.3 call three tenths of the frequencies low, not half.",
+        ) from None
 
 
 def choose(selector: Selector, chunks: Sequence[Evidence], ratio: float, tile: int = 1) -> list[Mask]:
