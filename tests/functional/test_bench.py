@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from quire import bench_cases, bench_codec, bench_plans, cli, config
-from quire.bench_codec import CodecReport
+from quire import cli, config
+from quire.bench import cases as bench_cases
+from quire.bench import codec as bench_codec
+from quire.bench import plans as bench_plans
+from quire.bench.codec import CodecReport
 from quire.session import Session
 from quire_engine.errors import QuireError
 from quire_engine.types import BitPlan

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from quire import bench_cases, bench_fidelity, cli, config, paths
-from quire.bench_fidelity import FidelityReport, Way
+from quire import cli, config, paths
+from quire.bench import cases as bench_cases
+from quire.bench import fidelity as bench_fidelity
+from quire.bench.fidelity import FidelityReport, Way
 from quire.session import Session
 from quire.terminal import printable
 from quire_engine.errors import QuireError

@@ -108,13 +108,6 @@ def test_the_published_rule(layers: int, favoured: int) -> None:
         assert (sum(plan.k_bits), sum(plan.v_bits)) == (32 * 2.1875, 32 * 2.375)
 
 
-def test_a_long_text_is_cut_into_prompts_of_one_length() -> None:
-    tokens = list(range(1100))
-    pieces = gradient.prompts(tokens, 512)
-    assert pieces == (tuple(range(512)), tuple(range(512, 1024)))
-    assert gradient.prompts(tokens[:100], 512) == (tuple(range(100)),)
-
-
 def test_progress_and_stopping(model: Transformer) -> None:
     seen: list[tuple[int, int]] = []
     texts = [prompt_of(8, seed) for seed in range(3)]
@@ -136,7 +129,7 @@ def test_what_cannot_be_profiled_is_refused(model: Transformer) -> None:
 
 def test_the_real_model_is_profiled(smollm: Path) -> None:
     tokens = LlamaModel(smollm, vocabulary_only=True).tokenize(CALIBRATION.read_text())
-    pieces = gradient.prompts(tokens, 128)[:2]
+    pieces = (tokens[:128], tokens[128:256])
     found = gradient.importance(Transformer.load(smollm), pieces)
     assert found.k.shape == found.v.shape == (30,)
     assert min(found.k.min(), found.v.min()) > 0

@@ -1,6 +1,6 @@
 """`quire bench`: its measurements by name.
 
-Knows how they are asked for and printed; what is measured is in `quire.bench` and its neighbours.
+Knows how they are asked for and printed; what is measured is in `quire.bench`.
 """
 
 import sys
@@ -23,7 +23,7 @@ from quire_engine.errors import QuireError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from quire.bench_cases import Case
+    from quire.bench.cases import Case
     from quire.session import Session
     from quire_engine.engine import Engine
 
@@ -44,7 +44,7 @@ _ratios_option = click.option("--ratio", "ratios", default="0.08,0.16", show_def
 @json_option
 def ttft(tokens: str, ratios: str, runs: int, model: str | None, as_json: bool) -> None:
     """Time to the first token: full prefill, plain llama-cpp-python, prefix reuse, Quire from memory and disk."""
-    from quire import bench as measure
+    from quire.bench import timing as measure
 
     with session_by(model=model) as session:
         rows = measure.ttft(session, numbers(tokens, int), numbers(ratios, float), runs, to_stderr)
@@ -59,7 +59,7 @@ def ttft(tokens: str, ratios: str, runs: int, model: str | None, as_json: bool) 
 @json_option
 def followup(turns: int, tokens: int, runs: int, model: str | None, as_json: bool) -> None:
     """Time to the first token of every turn of a conversation, and of one that is opened again."""
-    from quire import bench as measure
+    from quire.bench import timing as measure
 
     with session_by(model=model) as session:
         rows = measure.followup(session, turns, tokens, runs, to_stderr)
@@ -78,7 +78,7 @@ def answers(
     data: Path, questions: int, passages: int, ratios: str, selector: str | None, model: str | None, as_json: bool
 ) -> None:
     """How many answers contain the gold answer, exactly and at each ratio."""
-    from quire import bench as measure
+    from quire.bench import timing as measure
 
     with session_by(model=model, selector=selector) as session:
         rows = measure.answers(session, data, questions, passages, numbers(ratios, float), to_stderr)
@@ -124,7 +124,7 @@ def codec(
     Ctrl-C ends it with what was found so far. Without --data questions are made from the headings of the library, or of
     the sample documents.
     """
-    from quire import bench_codec as measure
+    from quire.bench import codec as measure
 
     with session_by(model=model, selector=selector) as session, interruptible() as stopping:
         cases = _cases(session, data, questions, passages, passage_tokens)
@@ -172,8 +172,8 @@ def fidelity(
     Ctrl-C ends it with what was found so far; the same command goes on from there. Without --data questions are made
     from the headings of the library, or of the sample documents.
     """
-    from quire import bench_fidelity as measure
-    from quire import bench_picture
+    from quire.bench import fidelity as measure
+    from quire.bench import picture as bench_picture
 
     if picture:
         bench_picture.check()
@@ -204,7 +204,7 @@ def bytes_(data: Path | None, plans: str, runs: int, model: str | None, as_json:
 
     Without --data the text is that of the library, or of the sample documents.
     """
-    from quire import bench_bytes as measure
+    from quire.bench import sizes as measure
 
     with session_by(model=model) as session:
         cases = _cases(session, data, questions=1, passages=8, tokens=180)
@@ -228,7 +228,7 @@ def _cases(
     session: "Session", data: Path | None, questions: int, passages: int, tokens: int
 ) -> "Callable[[Engine], Sequence[Case]]":
     """Makes the questions once there is an engine to count tokens."""
-    from quire import bench_cases
+    from quire.bench import cases as bench_cases
 
     def make(engine: "Engine") -> "Sequence[Case]":
         if data:

@@ -1,8 +1,8 @@
-"""KVmix's precision plan: layers whose key and value projections have the largest gradients get more bits.
+"""KVmix's importance of layers: how large the loss gradients on their key and value projections are.
 
 As published (arXiv 2506.08018), with what is wrong in its public code left out: one forward and one backward pass per
 prompt give the norms of all layers at once, and labels are shifted once. Prompts are read one by one, so there is no
-padding that could count. Knows nothing of where prompts come from, nor how a plan is kept.
+padding that could count. Knows nothing of where prompts come from, or which bits follow (`plans.kvmix`).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,8 +17,6 @@ from quire_engine.errors import Aborted, QuireError
 from quire_engine.runtimes.transformer import Layer, Linear, Transformer
 from quire_engine.types import Float32
 
-PROMPT_TOKENS = 512
-
 
 @dataclass(frozen=True)
 class Importance:
@@ -26,12 +24,6 @@ class Importance:
 
     k: Float32
     v: Float32
-
-
-def prompts(tokens: Sequence[int], length: int = PROMPT_TOKENS) -> tuple[tuple[int, ...], ...]:
-    """A long text in pieces of one length; what is left over at the end is no prompt, unless there is no other."""
-    starts = range(0, max(len(tokens) - length, 0) + 1, length)
-    return tuple(tuple(tokens[start : start + length]) for start in starts)
 
 
 def importance(

@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from statistics import mean
 
-from quire import bench_plans
-from quire.bench_cases import Case, prompt_of, scratch_engine, stopped, try_out, unrelated
-from quire.bench_plans import plan_of
+from quire.bench import plans as bench_plans
+from quire.bench.cases import Case, prompt_of, scratch_engine, stopped, try_out, unrelated
+from quire.bench.plans import plan_of
 from quire.session import Session
 from quire_engine import fidelity
 from quire_engine.baselines import KV_TYPES, QuantizedLlama

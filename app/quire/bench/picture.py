@@ -6,7 +6,7 @@ Knows only rows; matplotlib is loaded here alone, and only when somebody wants a
 from collections.abc import Sequence
 from pathlib import Path
 
-from quire.bench_fidelity import FidelityReport
+from quire.bench.fidelity import FidelityReport
 from quire_engine.errors import QuireError
 
 

@@ -1,6 +1,6 @@
 """`quire bench bytes`: what stored passages take on disk, plan by plan, where it goes, and how fast it is read back.
 
-Sizes are those of files that the store wrote. Knows nothing of what the lost precision does to answers (`bench_codec`).
+Sizes are those of files that the store wrote. Knows nothing of what the lost precision does to answers (`codec`).
 """
 
 import json
@@ -12,9 +12,9 @@ from typing import get_args
 
 import numpy as np
 
-from quire import bench_plans
-from quire.bench_cases import Case, scratch_engine
-from quire.bench_plans import plan_of
+from quire.bench import plans as bench_plans
+from quire.bench.cases import Case, scratch_engine
+from quire.bench.plans import plan_of
 from quire.session import Session
 from quire_engine.engine import Engine
 from quire_engine.errors import QuireError

@@ -1,4 +1,4 @@
-"""Measurements that anyone can repeat on their own machine and model: `quire bench ...`.
+"""Measurements of time, and of answers: `quire bench ttft`, `followup`, `answers`.
 
 Every number is taken in one run, methods in turn, against baselines in the same run; tables state how often. Knows
 what to compare, not how prompts are computed.
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from quire import paths
-from quire.bench_cases import Case, contains, from_file, scratch_engine
+from quire.bench.cases import Case, contains, from_file, scratch_engine
 from quire.session import Session
 from quire_engine.baselines import PlainLlama, prefix_only_ms
 from quire_engine.engine import Engine, Request

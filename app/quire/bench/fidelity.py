@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import mean, median
 
 from quire import paths
-from quire.bench_cases import Case, contains, f1, prompt_of, scratch_engine, stopped, try_out, unrelated
-from quire.bench_plans import plan_of
+from quire.bench.cases import Case, contains, f1, prompt_of, scratch_engine, stopped, try_out, unrelated
+from quire.bench.plans import plan_of
 from quire.session import Session
 from quire_engine import fidelity
 from quire_engine.engine import Engine
