@@ -61,7 +61,7 @@ class ChunkCache:
         self._identity = identity
         self.preamble = self.segment(preamble)
         self._plan = plan
-        self._unrelated = unrelated
+        self.unrelated = unrelated
 
     def segment(self, tokens: tuple[int, ...]) -> Segment:
         """A passage with its address."""
@@ -106,7 +106,7 @@ class ChunkCache:
         k_pre, v = runtime.encode(self.preamble.tokens, tokens)
         found = {name: spectral.named(name, k_pre, v) for name in sorted(scores - {_SENSITIVITY})}
         if _SENSITIVITY in scores:
-            elsewhere = (*self.preamble.tokens, *self._unrelated)
+            elsewhere = (*self.preamble.tokens, *self.unrelated)
             moved = runtime.encode(elsewhere, tokens, sensitivity.early_layers(runtime.shape.layers))
             found[_SENSITIVITY] = sensitivity.score((k_pre, v), moved)
         return ChunkKV(k_pre, v, found)

@@ -22,7 +22,7 @@ from quire_engine.errors import Aborted, ContextOverflow
 from quire_engine.forecast import Work
 from quire_engine.kv.catalogue import Catalogue
 from quire_engine.plan import Prompt, Segment
-from quire_engine.precision import plans
+from quire_engine.precision import calibrate, plans
 from quire_engine.precision import profile as profiles
 from quire_engine.prefill import Prefill
 from quire_engine.prompt import PromptWriter, Wording
@@ -179,8 +179,6 @@ class Engine:
 
         on_progress: steps done, and all of them.  Raises Aborted soon after should_stop() turns true.
         """
-        from quire_engine.precision import calibrate  # needs torch, which takes its time to load
-
         cases = calibrate.cases(self._writer, passages)
         self.profile = calibrate.run(self.model_file, cases, on_progress, should_stop)
         profiles.save(self.profile, self._settings.profiles[0] / self._profile_name)

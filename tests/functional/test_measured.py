@@ -14,8 +14,7 @@ from quire_engine.engine import Engine, EngineSettings
 from quire_engine.errors import Aborted, ModelError
 from quire_engine.precision import calibrate, measured
 from quire_engine.precision import profile as profiles
-from quire_engine.precision.measured import Case
-from quire_engine.precision.profile import UNKNOWN, Profile
+from quire_engine.precision.profile import UNKNOWN, Case, Profile
 from quire_engine.prompt import Wording
 from quire_engine.runtimes.transformer import Transformer
 

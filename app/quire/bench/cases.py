@@ -22,7 +22,6 @@ from quire.session import Session
 from quire_engine.engine import Engine, Request
 from quire_engine.errors import Aborted, ContextOverflow, QuireError
 from quire_engine.plan import Prompt
-from quire_engine.selection import sensitivity
 
 _LONGEST_TOKEN_CHARS = 16  # on average; only saves counting a whole book
 
@@ -90,11 +89,6 @@ def try_out(engine: Engine, should_stop: Callable[[], bool]) -> None:
 
 def stopped() -> QuireError:
     return QuireError("It was stopped before the first question was done.", "Compare less at a time: see --help.")
-
-
-def unrelated(engine: Engine) -> tuple[int, ...]:
-    """Tokens for selectors that want sensitivities."""
-    return tuple(engine.vocabulary.tokenize(sensitivity.UNRELATED_TEXT)[: sensitivity.UNRELATED_TOKENS])
 
 
 def cut_to(engine: Engine, tokens: int) -> Cut:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from statistics import mean
 
 from quire.bench import plans as bench_plans
-from quire.bench.cases import Case, prompt_of, scratch_engine, stopped, try_out, unrelated
+from quire.bench.cases import Case, prompt_of, scratch_engine, stopped, try_out
 from quire.bench.plans import plan_of
 from quire.session import Session
 from quire_engine import fidelity
@@ -92,8 +92,7 @@ def codec(
         for name in _types_for(engine, names, say):
             variants[_in_place(name)] = Prefilled(models.enter_context(_quantized(engine, name, room)))
         tally, folder = _Tally(ours, len(prompts), say), engine.catalogue.root.parent
-        noise = unrelated(engine) if "sensitivity" in selector.stored_scores else ()
-        fidelity.compare(engine.runtime, prompts, variants, folder, tally.take, should_stop, noise)
+        fidelity.compare(engine.runtime, prompts, variants, folder, tally.take, should_stop, engine.chunks.unrelated)
         if not tally.prompts:
             raise stopped()
         return CodecReport(

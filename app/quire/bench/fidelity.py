@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from quire import paths
-from quire.bench.cases import Case, contains, f1, prompt_of, scratch_engine, stopped, try_out, unrelated
+from quire.bench.cases import Case, contains, f1, prompt_of, scratch_engine, stopped, try_out
 from quire.bench.plans import plan_of
 from quire.session import Session
 from quire_engine import fidelity
@@ -160,7 +160,6 @@ class _Work:
         self._plans = {variant.plan for variant in chosen}
         parsed = [selectors.parse(variant.selector) for variant in chosen]
         self._scores = frozenset[str]().union(*(selector.stored_scores for selector in parsed))
-        self._unrelated = unrelated(engine) if "sensitivity" in self._scores else ()
 
     def question(
         self, case: Case, prompt: Prompt, number: str, should_stop: Callable[[], bool]
@@ -178,7 +177,7 @@ class _Work:
 
     def _measure(self, case: Case, prompt: Prompt, number: str, should_stop: Callable[[], bool]) -> dict[str, Finding]:
         engine, found, folder = self._engine, dict[str, Finding](), self._engine.catalogue.root.parent
-        with Trial(engine.runtime, prompt, folder, self._unrelated, scores=self._scores) as trial:
+        with Trial(engine.runtime, prompt, folder, engine.chunks.unrelated, scores=self._scores) as trial:
             for plan in self._plans:  # now, so that no way's time holds the encoding
                 trial.stored(plan)
             for way, variant in self._variants.items():

@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from quire import paths
-from quire.bench.cases import Case, contains, from_file, scratch_engine
+from quire.bench.cases import Case, contains, from_file, scratch_engine, try_out
 from quire.session import Session
 from quire_engine.baselines import PlainLlama, prefix_only_ms
-from quire_engine.engine import Engine, Request
-from quire_engine.errors import QuireError
+from quire_engine.engine import Engine, Request, never
 from quire_engine.types import Answered, Exchange, Text
 
 _QUESTION = "What do the documents say about the time before the war?"
@@ -46,8 +45,7 @@ def ttft(session: Session, lengths: Sequence[int], ratios: Sequence[float], runs
     """Time to the first token of full prefill (this runtime, plain llama-cpp-python), prefix reuse and Quire."""
     rows: list[TtftRow] = []
     with scratch_engine(session) as engine:
-        if engine.reuse_off:
-            raise QuireError(f"There is nothing to compare: {engine.reuse_off}")
+        try_out(engine, never)
         for length in lengths:
             rows += _Ttft(engine, _passages(session, engine, length)).run(ratios, runs, say)
     return rows
@@ -168,8 +166,7 @@ def followup(session: Session, turns: int, tokens: int, runs: int, say: Say) -> 
     times: dict[tuple[str, str], list[float]] = {}
     sizes: dict[str, tuple[int, int]] = {}
     with scratch_engine(session) as engine:
-        if engine.reuse_off:
-            raise QuireError(f"There is nothing to compare: {engine.reuse_off}")
+        try_out(engine, never)
         texts = _passages(session, engine, tokens * (turns + 1))
         share = -(-len(texts) // (turns + 1))
         brought = [texts[start : start + share] for start in range(0, len(texts), share)]

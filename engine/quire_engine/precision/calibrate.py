@@ -11,11 +11,9 @@ from pathlib import Path
 
 from quire_engine import gguf
 from quire_engine.errors import ModelError
-from quire_engine.precision import gradient, measured
-from quire_engine.precision.measured import Case
-from quire_engine.precision.profile import Profile
+from quire_engine.precision.profile import Case, Profile
 from quire_engine.prompt import PromptWriter
-from quire_engine.runtimes.transformer import Transformer
+from quire_engine.runtimes import choose
 
 _USABLE_MEMORY = 0.8
 _CASES, _CASE_PASSAGES, _PASSAGE_TOKENS, _QUESTION_WORDS = 4, 5, 200, 8
@@ -30,10 +28,12 @@ def run(
     """What rounding costs, and KVmix's importance, over the same passages.
 
     on_progress: steps done, and all of them.  Raises Aborted soon after should_stop() turns true, ModelError when the
-    model does not fit the memory or is of an unknown kind.
+    model does not fit the memory or is of an unknown kind, and where torch is not installed.
     """
     _check_memory(model_file)
-    model = Transformer.load(model_file)
+    model = choose.reference(model_file)
+    from quire_engine.precision import gradient, measured  # need torch, which takes its time to load
+
     prompts = [tuple(token for passage in case.passages for token in passage) for case in cases]
     done = 0
 

@@ -9,7 +9,6 @@ Knows nothing of documents, files or where a profile is kept.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -18,21 +17,12 @@ from torch import Tensor
 
 from quire_engine.errors import Aborted
 from quire_engine.kv import codec
-from quire_engine.precision.profile import K_BITS, V_BITS, Profile, k_widths, rope_pairs
+from quire_engine.precision.profile import K_BITS, V_BITS, Case, Profile, k_widths, rope_pairs
 from quire_engine.runtimes.transformer import Array, Transformer
 from quire_engine.types import BitPlan, ChunkKV, Float16, Float32
 
 ANSWER_TOKENS = 16
 _GROUP = 64  # rows of which a channel's range is taken, as the codec does
-
-
-@dataclass(frozen=True)
-class Case:
-    """One question over some passages, as the model reads it: tokens of the opening, of every passage, of the rest."""
-
-    opening: tuple[int, ...]
-    passages: tuple[tuple[int, ...], ...]
-    question: tuple[int, ...]
 
 
 @torch.no_grad()

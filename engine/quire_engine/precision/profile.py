@@ -30,6 +30,15 @@ def _none() -> Float32:
 
 
 @dataclass(frozen=True)
+class Case:
+    """One question over some passages, as the model reads it: tokens of the opening, of every passage, of the rest."""
+
+    opening: tuple[int, ...]
+    passages: tuple[tuple[int, ...], ...]
+    question: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Profile:
     """What rounding costs one model.
 
@@ -133,12 +142,8 @@ def file_bits_per_value(plan: BitPlan, shape: ModelShape, tokens: int = _PASSAGE
     """All bytes of a passage's file, in bits for each of its numbers."""
     k_pre = np.zeros((shape.layers, tokens, shape.kv_heads, shape.key_dim), np.float16)
     v = np.zeros((shape.layers, tokens, shape.kv_heads, shape.value_dim), np.float16)
-    packed = codec.encode(ChunkKV(k_pre, v, {"spectral": _none_of(tokens)}), plan, codec.text_order(tokens))
+    packed = codec.encode(ChunkKV(k_pre, v, {"spectral": np.zeros(tokens, np.float32)}), plan, codec.text_order(tokens))
     return 8 * len(format.to_bytes(packed, bytes(format.KEY_BYTES))) / (k_pre.size + v.size)
-
-
-def _none_of(tokens: int) -> Float32:
-    return np.zeros(tokens, np.float32)
 
 
 def _spend(profile: Profile, code_bits: float, shape: ModelShape) -> BitPlan:
