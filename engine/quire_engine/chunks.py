@@ -97,8 +97,7 @@ class ChunkCache:
             plan = BitPlan.uniform(runtime.shape.layers, _EXACT_BITS, _EXACT_BITS)
         else:
             kv, plan = self._read(runtime, segment.tokens, scores), self._plan
-        packed = codec.encode(kv, plan, codec.text_order(kv.tokens))
-        data = format.to_bytes(packed, bytes.fromhex(segment.key))
+        data = format.encoded(kv, plan, segment.key)
         self.store.write(segment.key, data, time.perf_counter() - began)
 
     def _read(self, runtime: Runtime, tokens: tuple[int, ...], scores: Set[str]) -> ChunkKV:

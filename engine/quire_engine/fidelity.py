@@ -242,7 +242,7 @@ class Trial:
             preamble = self.prompt.opening.key
             exact = BitPlan.uniform(len(plan.k_bits), _EXACT_BITS, _EXACT_BITS)
             sizes = {
-                key: cache.store.write(key, _packed(kv, exact if key == preamble else plan, key))
+                key: cache.store.write(key, format.encoded(kv, exact if key == preamble else plan, key))
                 for key, kv in numbers.items()
             }
             sizes.pop(preamble, None)
@@ -364,10 +364,6 @@ def _forced(
         kl.append(float(np.sum(np.exp(expected) * (expected - found))))
         agrees.append(bool(expected.argmax() == found.argmax()))
     return Divergence(tuple(kl), tuple(agrees))
-
-
-def _packed(kv: ChunkKV, plan: BitPlan, key: str) -> bytes:
-    return bytes(format.to_bytes(codec.encode(kv, plan, codec.text_order(kv.tokens)), bytes.fromhex(key)))
 
 
 def _log_softmax(logits: Float32) -> LogProbabilities:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from quire_engine.errors import DamagedChunk, MissingChunk, UnwritableStore
-from quire_engine.kv import codec, format
+from quire_engine.kv import format
 from quire_engine.kv.store import KVStore
 from quire_engine.kv.transfer import DamagedPlacements, Placement
 from quire_engine.runtimes.base import Runtime
@@ -156,6 +156,6 @@ class Turns:
 
     def _save(self, runtime: Runtime, key: str, start: int, seconds: float) -> None:
         k_pre, v = runtime.rows(start, runtime.live_tokens)
-        packed = codec.encode(ChunkKV(k_pre, v, {}), self._plan, codec.text_order(len(k_pre[0])))
+        data = format.encoded(ChunkKV(k_pre, v, {}), self._plan, key)
         with suppress(UnwritableStore):  # a conversation goes on without it; reopening reads again
-            self.store.write(key, format.to_bytes(packed, bytes.fromhex(key)), seconds, uses=1.0)
+            self.store.write(key, data, seconds, uses=1.0)

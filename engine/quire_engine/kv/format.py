@@ -16,9 +16,10 @@ from typing import Protocol, Self
 import numpy as np
 
 from quire_engine.errors import DamagedChunk
+from quire_engine.kv import codec
 from quire_engine.kv.codec import Order, PackedChunk, PackedLayer
 from quire_engine.kv.parts import Cut, from_parts, to_parts
-from quire_engine.types import BitPlan, Float16, Float32, GridName
+from quire_engine.types import BitPlan, ChunkKV, Float16, Float32, GridName
 from quire_kernels.grids import GRIDS
 
 VERSION = 1
@@ -155,6 +156,11 @@ def to_bytes(chunk: PackedChunk, key: bytes) -> bytes:
         file_bytes=offset,
     )
     return b"".join([_header_bytes(header), front, *(block for block, _ in blocks)])
+
+
+def encoded(kv: ChunkKV, plan: BitPlan, key: str) -> bytes:
+    """The whole file of a chunk packed by a plan, rows in the order of the text. key: 64 hex digits."""
+    return to_bytes(codec.encode(kv, plan, codec.text_order(kv.tokens)), bytes.fromhex(key))
 
 
 def sizes(beginning: bytes) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire_engine import records
-from quire_engine.kv import codec, format
+from quire_engine.kv import format
 from quire_engine.types import BitPlan, ChunkKV, Float32, ModelShape
 
 K_BITS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)  # mean over channels
@@ -142,8 +142,8 @@ def file_bits_per_value(plan: BitPlan, shape: ModelShape, tokens: int = _PASSAGE
     """All bytes of a passage's file, in bits for each of its numbers."""
     k_pre = np.zeros((shape.layers, tokens, shape.kv_heads, shape.key_dim), np.float16)
     v = np.zeros((shape.layers, tokens, shape.kv_heads, shape.value_dim), np.float16)
-    packed = codec.encode(ChunkKV(k_pre, v, {"spectral": np.zeros(tokens, np.float32)}), plan, codec.text_order(tokens))
-    return 8 * len(format.to_bytes(packed, bytes(format.KEY_BYTES))) / (k_pre.size + v.size)
+    kv = ChunkKV(k_pre, v, {"spectral": np.zeros(tokens, np.float32)})
+    return 8 * len(format.encoded(kv, plan, "00" * format.KEY_BYTES)) / (k_pre.size + v.size)
 
 
 def _spend(profile: Profile, code_bits: float, shape: ModelShape) -> BitPlan:
