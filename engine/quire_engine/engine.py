@@ -7,14 +7,13 @@
 One request at a time, on one thread. Knows nothing of folders, files of documents, search or screens.
 """
 
-import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 
-from quire_engine import chunks, costs, forecast, generate, gguf, selfcheck, turns
+from quire_engine import chunks, costs, forecast, generate, gguf, processes, selfcheck, turns
 from quire_engine.chunks import ChunkCache
 from quire_engine.clock import Clock
 from quire_engine.costs import Costs
@@ -158,7 +157,7 @@ class Engine:
 
     @property
     def threads(self) -> int:
-        return self._settings.threads or os.cpu_count() or 1
+        return self._settings.threads or processes.cores()
 
     @property
     def costs(self) -> Costs | None:

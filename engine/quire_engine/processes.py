@@ -37,3 +37,8 @@ def _started(pid: int) -> int:
     except OSError:
         return 0
     return int(status.rpartition(b")")[2].split()[19])  # proc(5): field 22, and the name before it may hold anything
+
+
+def cores() -> int:
+    """Processor cores this process may run on: fewer than the machine has in a container, or where it was pinned."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

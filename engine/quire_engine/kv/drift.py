@@ -5,13 +5,13 @@ tokens. The recomputed tokens show it for nothing: the mean of fresh minus store
 RoPE (docs/decisions/selection.md has what it is worth). Knows nothing of how rows were computed.
 """
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 
+from quire_engine import processes
 from quire_engine.kv import transfer
 from quire_engine.plan import StitchPlan
 from quire_engine.types import Float16, Float32, ModelShape
@@ -47,7 +47,7 @@ def correct(plan: StitchPlan, shape: ModelShape, k_rot: Sequence[Float16], fresh
             shifted = heads(k[reused]) + rope.rotate(shift, cos[reused], sin[reused], shape.rope.layout)
             k[reused] = shifted.reshape(len(reused), -1)
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(max_workers=processes.cores()) as pool:
         list(pool.map(correct_layer, range(shape.layers)))
 
 

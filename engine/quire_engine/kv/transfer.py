@@ -4,7 +4,6 @@ Knows nothing of what the rows belong to afterwards. Each thread takes a chunk, 
 another computes.
 """
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from quire_engine import processes
 from quire_engine.errors import DamagedChunk
 from quire_engine.kv import codec
 from quire_engine.kv.format import ChunkReader
@@ -53,7 +53,7 @@ def place(
     k_rot, v: per layer [rows, kv_heads * dim], of which row 0 is position `first`.
     Raises DamagedPlacements after placing what it could.
     """
-    with ThreadPoolExecutor(max_workers=min(len(placements), os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=min(len(placements), processes.cores())) as pool:
         sound = list(pool.map(lambda placement: _place(placement, rope, k_rot, v, first), placements))
     damaged = tuple(placement.key for placement, ok in zip(placements, sound, strict=True) if not ok)
     if damaged:
