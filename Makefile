@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO := QUIRE_DATA_DIR=.demo/data QUIRE_CACHE_DIR=.demo/cache QUIRE_CONFIG_DIR=.demo/config $(BIN)/quire
 
-.PHONY: demo test check lint format install clean
+.PHONY: demo test test-kernels check lint format install clean
 
 demo: install
 	$(DEMO) add assets/sample
@@ -14,6 +14,11 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Kernels against their specifications, interpreted, and compiled for devices that are not here. On a graphics device:
+# TRITON_INTERPRET=0 make test-kernels
+test-kernels: install
+	$(BIN)/python -m pytest tests/unit/test_triton_*.py
 
 check: lint test
 

@@ -1,5 +1,6 @@
 """No test reaches the real home: every directory that Quire would use lies in the test's own."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,15 @@ from hypothesis import settings
 settings.register_profile("quire", deadline=None)  # a busy machine is no failure
 settings.load_profile("quire")
 
+# Before anything imports Triton: its kernels run on the CPU then, interpreted, where a test forces them.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / ".home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr("quire.idle.POWER", home / "power")  # caching would wait where this machine runs on battery
     for name in ("DATA", "CACHE", "CONFIG", "LOG"):
         monkeypatch.setenv(f"QUIRE_{name}_DIR", str(home / name.lower()))

@@ -15,8 +15,19 @@ import click
 from click_default_group import DefaultGroup
 
 from quire import __version__
-from quire.commands import bench, cache, compare, config, models
-from quire.commands.common import INTERRUPTED, interruptible, json_option, model_option, progress_bar, session_by
+from quire.commands import bench, cache, compare, config, models, watch
+from quire.commands.common import (
+    INTERRUPTED,
+    by_question,
+    interruptible,
+    json_option,
+    model_option,
+    of_all_commands,
+    place_of,
+    progress_bar,
+    question_options,
+    session_by,
+)
 from quire.terminal import printable
 from quire_engine.errors import QuireError
 
@@ -52,11 +63,12 @@ class _Quire(DefaultGroup, click.Group):  # type: ignore[misc]  # the second bas
 
 @click.group(cls=_Quire, default="chat", default_if_no_args=True)
 @click.version_option(__version__, prog_name="quire")
-def main() -> None:
+@click.option("--runtime", help="What computes: auto, llama.cpp or torch.")
+def main(runtime: str | None) -> None:
     """Chat with your own documents. Their KV is cached on disk, so the first word comes at once."""
 
 
-for _group in (cache.group, models.group, config.group, bench.group, compare.compare):
+for _group in (cache.group, models.group, config.group, bench.group, compare.compare, watch.watch):
     main.add_command(_group)
 
 
@@ -79,7 +91,8 @@ def chat(paths: tuple[Path, ...], plain: bool, model: str | None) -> None:
             sys.exit(lines.run(session, paths, interruptible))
     from quire.tui.app import run
 
-    run({"model": model} if model else {}, paths)
+    flags = {"model": model, **of_all_commands()}
+    run({name: value for name, value in flags.items() if value}, paths)
 
 
 @main.command()
@@ -127,25 +140,13 @@ def status(model: str | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("question")
-@click.option("--in", "within", type=click.Path(path_type=Path), help="Only documents in this folder or file.")
-@click.option("--ratio", type=float, help="Share of the reused tokens to compute again, 0 to 1.")
-@click.option("--dial", type=click.Choice(["fast", "balanced", "exact"]), help="Exact reads everything again.")
-@click.option("--selector", help="Which tokens are computed again: default, probe, spectral, first, ...")
-@click.option("--context-tokens", type=int, help="Tokens of documents that the question may use.")
-@click.option("--max-tokens", type=int, help="Longest answer.")
-@model_option
-@json_option
+@question_options(
+    ("fast", "balanced", "exact"), "How near to full prefill: fast aims at KL 0.1, balanced at 0.05, exact is it."
+)
 def ask(question: str, within: Path | None, as_json: bool, **settings: Any) -> None:
     """Answer a question from the documents, with its sources and what it took."""
-    from quire.library import EVERYWHERE
-    from quire.render import path_from_here
-
-    if settings["ratio"] is None and settings["dial"] is not None:
-        settings["ratio"] = ""  # a dial on the command line outranks a ratio in the file
-    with session_by(**settings) as session, interruptible() as stop:
-        place = within.expanduser().resolve() if within else EVERYWHERE
-        if within and not within.expanduser().exists():
-            raise QuireError(f"There is no file or folder {path_from_here(within)}.", "Check the path after --in.")
+    place = place_of(within)
+    with by_question(settings) as session, interruptible() as stop:
         _Answering(session, as_json).show(session.ask(question, place, stop.is_set))
         if stop.is_set():
             sys.exit(INTERRUPTED)

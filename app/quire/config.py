@@ -34,8 +34,14 @@ class FromDial:
     """No ratio was chosen: the dial decides."""
 
 
+@dataclass(frozen=True)
+class FromMachine:
+    """No amount was chosen: a share of what this machine has."""
+
+
 BUNDLED: Final = BundledModel()
 FROM_DIAL: Final = FromDial()
+FROM_MACHINE: Final = FromMachine()
 
 
 class _Rule(Protocol):
@@ -137,6 +143,31 @@ class _Ratio(_Real):
         return f"{super().allowed()}, or empty to follow the dial"
 
 
+@dataclass(frozen=True)
+class _Memory(_Real):
+    def read(self, value: object) -> float | FromMachine:  # type: ignore[override]
+        return FROM_MACHINE if isinstance(value, FromMachine) or value == "" else super().read(value)
+
+    def allowed(self) -> str:
+        return f"{super().allowed()}, or empty for a sixteenth of this machine's"
+
+
+@dataclass(frozen=True)
+class _Patterns:
+    def read(self, value: object) -> str:
+        if not isinstance(value, str):
+            raise ValueError
+        if value.strip():
+            from quire import ignore  # only now: most people set none
+
+            ignore.check(ignore.patterns(value))
+        return value.strip()
+
+    def allowed(self) -> str:
+        return "patterns with commas between them, as in .gitignore: *.md, docs/**; empty for all"
+
+
+_RUNTIMES = ("auto", "llama.cpp", "torch")
 _PRECISIONS = ("safe", "default", "compact", "tiny", "kvmix", "fp16")
 
 HIGH_CONTRAST: Final = "high-contrast"
@@ -154,7 +185,7 @@ class Settings:
 
     model: Annotated[Path | BundledModel, _Model(), "GGUF file to use; empty: the bundled one"] = BUNDLED
     dial: Annotated[
-        Dial, _Choice(("fast", "balanced", "exact")), "how much is recomputed; exact reads everything again"
+        Dial, _Choice(("fast", "balanced", "exact")), "how near to full prefill: KL 0.1, KL 0.05, or all of it"
     ] = "balanced"
     ratio: Annotated[
         float | FromDial, _Ratio(0, 1), "share of the reused tokens to recompute; empty: the dial decides"
@@ -165,11 +196,21 @@ class Settings:
     max_tokens: Annotated[int, _Whole(1, 100_000), "longest answer"] = 256
     temperature: Annotated[float, _Real(0, 2), "0: always the likeliest word; higher: more varied"] = 0.0
     threads: Annotated[int, _Whole(0, 1024), "processor threads to compute with; 0: all cores"] = 0
+    runtime: Annotated[
+        str, _Choice(_RUNTIMES), "what computes; auto: torch where it finds a graphics device, else llama.cpp"
+    ] = "auto"
     precision: Annotated[
         str, _Choice(_PRECISIONS), "of cached KV: safe is larger, compact and tiny smaller; fp16 is not compressed"
     ] = "default"
     max_file_mb: Annotated[int, _Whole(1, 4096), "larger files are skipped, and listed"] = 20
+    include: Annotated[str, _Patterns(), "which files of added folders are read; empty: all"] = ""
+    considerate: Annotated[
+        bool, _Switch(), "caching waits on battery and makes room where the machine is busy; off: it does not"
+    ] = True
     cache_gb: Annotated[float, _Real(0, 1_000_000), "disk space for cached KV, in GB; 0: no limit"] = 20.0
+    memory_gb: Annotated[
+        float | FromMachine, _Memory(0, 1_000_000), "memory for KV that questions found lately, in GB; 0: none"
+    ] = FROM_MACHINE
     theme: Annotated[str, _Choice(THEMES), "colours; ansi-dark and ansi-light use the terminal's own"] = "textual-dark"
     animations: Annotated[bool, _Switch(), "whether anything on the screen moves by itself"] = True
 
@@ -177,7 +218,19 @@ class Settings:
 # What stored KV depends on; and what needs nothing to be opened again, but counts from the next question on.
 CACHE_DEPENDS_ON: Final = frozenset({"model", "chunk_tokens", "precision"})
 COUNTS_AT_ONCE: Final = frozenset(
-    {"dial", "ratio", "selector", "context_tokens", "max_tokens", "temperature", "cache_gb", "theme", "animations"}
+    {
+        "dial",
+        "ratio",
+        "selector",
+        "context_tokens",
+        "max_tokens",
+        "temperature",
+        "cache_gb",
+        "considerate",
+        "memory_gb",
+        "theme",
+        "animations",
+    }
 )
 
 _RULES: Final[dict[str, _Rule]] = {f.name: get_args(f.type)[1] for f in fields(Settings)}

@@ -156,7 +156,8 @@ class _Record:
 
     @property
     def sources(self) -> list[Source]:
-        return [Source(h.path, h.start_line, h.end_line, h.heading, h.text, h.score) for h in self.found.sources]
+        hits = self.found.sources
+        return [Source(h.path, h.start_line, h.end_line, h.heading, h.text, h.score, h.place) for h in hits]
 
     def hear(self, event: Found | Event) -> None:
         if isinstance(event, Text):

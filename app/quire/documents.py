@@ -1,7 +1,8 @@
 """Finds the files of a folder and reads one as text, or says why it cannot be read and what would help.
 
-Knows file names, encodings and kinds of files; knows nothing of chunks, models or the index. Files whose kind
-is not listed here are read when they turn out to be text: notes often have no suffix, or one of their own.
+Knows file names, encodings and kinds of files; knows nothing of models or the index. Text is decoded here; everything
+that needs a parser goes to the parser process. Files whose kind is not listed here are read when they turn out to be
+text: notes often have no suffix, or one of their own.
 """
 
 import codecs
@@ -9,28 +10,44 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-from quire_engine.errors import QuireError
-
-Markup = Literal["markdown", "rst", "plain"]  # the same as chunking's, which this module must not know
+from quire.chunking import Passage
+from quire.formats import base as formats
+from quire.formats.base import Mark, Unreadable, place
+from quire.outline import Markup
+from quire.parsing import Parser
 
 _MARKDOWN = {".md", ".markdown", ".mdown", ".mkd", ".mdx", ".qmd", ".rmd"}
 _RST = {".rst", ".rest"}
+_CSV = {".csv", ".tsv"}
+_FORMATS = {  # by suffix: what the parser process reads, under its name for it
+    ".pdf": "pdf", ".docx": "docx", ".docm": "docx", ".pptx": "pptx", ".pptm": "pptx", ".xlsx": "xlsx",
+    ".xlsm": "xlsx", ".html": "html", ".htm": "html", ".xhtml": "html", ".epub": "epub", ".eml": "eml", ".mbox": "mbox",
+    ".ipynb": "ipynb",
+}  # fmt: skip
 # Told by name, because some of these would pass as text and would be nonsense as such.
 _UNSUPPORTED = re.compile(
     r"\.(?:"
-    r"pdf|ps|eps|djvu|epub|mobi|azw3|chm|doc|docx|odt|rtf|pages|ppt|pptx|odp|key|xls|"
-    r"xlsx|ods|numbers|png|jpg|jpeg|gif|bmp|tif|tiff|webp|heic|avif|ico|svg|psd|xcf|"
+    r"ps|eps|djvu|mobi|azw3|chm|doc|odt|rtf|pages|ppt|odp|key|xls|"
+    r"ods|numbers|png|jpg|jpeg|gif|bmp|tif|tiff|webp|heic|avif|ico|svg|psd|xcf|"
     r"mp3|m4a|aac|flac|ogg|opus|wav|mp4|m4v|mov|avi|mkv|webm|zip|gz|tgz|bz2|xz|"
     r"zst|7z|rar|tar|jar|war|whl|deb|rpm|apk|dmg|iso|img|exe|dll|so|dylib|a|o|"
     r"lib|class|pyc|pyo|wasm|bin|db|sqlite|sqlite3|parquet|feather|arrow|npy|npz|"
     r"pkl|pickle|pt|pth|onnx|safetensors|gguf|ggml|h5|hdf5|ttf|otf|woff|woff2|eot|msg|"
     r"pst"
     r")"
+)
+_REMEDIES = (
+    (re.compile(r"\.(doc|odt|rtf|pages)"), "Save it as .docx or PDF."),
+    (re.compile(r"\.(ppt|odp|key)"), "Save it as .pptx or PDF."),
+    (re.compile(r"\.(xls|ods|numbers)"), "Save it as .xlsx or .csv."),
+    (re.compile(r"\.(ps|eps|djvu|mobi|azw3|chm)"), "Convert it to PDF or EPUB."),
+    (re.compile(r"\.(zip|gz|tgz|bz2|xz|zst|7z|rar|tar|jar|war|whl|deb|rpm|apk|dmg|iso|img)"), "Unpack it."),
+    (re.compile(r"\.(png|jpg|jpeg|gif|bmp|tif|tiff|webp|heic|avif)"), "If it shows text, run OCR over it."),
+    (re.compile(r"\.(msg|pst)"), "Export it as .eml or .mbox."),
 )
 _SKIPPED_FOLDERS = {"node_modules", "__pycache__", "site-packages", "venv", "virtualenv"}
 _BYTE_ORDER_MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
@@ -43,36 +60,71 @@ _BYTE_ORDER_MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
 _HEAD_BYTES = 8192  # enough to tell a binary file before reading the rest
 
 
-class Unreadable(QuireError):
-    """A file that cannot become text. reason: why, a few words.  remedy: what would help."""
-
-    def __init__(self, reason: str, remedy: str = "") -> None:
-        super().__init__(reason, remedy)
-        self.reason = reason
-        self.remedy = remedy
-
-
 @dataclass(frozen=True)
-class Document:
-    """A file as it was read. text: newlines are "\\n".  sha256: of the file's bytes."""
+class File:
+    """A file's bytes, read once. sha256: of them."""
 
-    text: str
-    markup: Markup
+    path: Path
+    data: bytes
     sha256: str
     size_bytes: int
     mtime_ns: int
 
 
-def markup_of(path: Path) -> Markup:
-    """The markup that a file's name promises."""
+@dataclass(frozen=True)
+class Document:
+    """What a file says. text: newlines are "\\n".  marks: where its parts stand in the file; none where the text is
+    the file's own, line by line."""
+
+    text: str
+    markup: Markup
+    marks: tuple[Mark, ...] = ()
+
+    def located(self, passage: Passage) -> Passage:
+        """A passage of the text with its place in the file."""
+        found = place(self.marks, passage.start_line, passage.end_line)
+        if isinstance(found, str):
+            return replace(passage, place=found)
+        return replace(passage, start_line=found.start, end_line=found.end)
+
+
+def rules_of(path: Path) -> str:
+    """Names what decides, besides a file's bytes, which text it gives."""
     suffix = path.suffix.lower()
-    return "markdown" if suffix in _MARKDOWN else "rst" if suffix in _RST else "plain"
+    return f"{_FORMATS[suffix]}{formats.VERSION}" if suffix in _FORMATS else markup_of(path)
 
 
-def read_document(path: Path, max_bytes: int) -> Document:
-    """Reads a text file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark. Raises Unreadable."""
-    if _UNSUPPORTED.fullmatch(path.suffix.lower()):
-        raise Unreadable(f"not supported yet: {path.suffix.lower()}", "Save it as text or Markdown to use it now.")
+def markup_of(path: Path) -> Markup:
+    """The markup of the text that a file's name promises."""
+    suffix = path.suffix.lower()
+    if suffix in _MARKDOWN or suffix in _FORMATS:
+        return "markdown"
+    return "rst" if suffix in _RST else "csv" if suffix in _CSV else "plain"
+
+
+def has_lines(path: Path) -> bool:
+    """Whether a text editor shows it as it was read, and not a viewer."""
+    return _FORMATS.get(path.suffix.lower(), "html") == "html"
+
+
+def document_of(file: File, parser: Parser, waiting: Callable[[], None] = lambda: None) -> Document:
+    """What a file says: by the parser process, or here where it is text, in UTF-8, or in UTF-16 or UTF-32 with a byte
+    order mark. waiting: see Parser.parse. Raises Unreadable."""
+    markup = markup_of(file.path)
+    if format := _FORMATS.get(file.path.suffix.lower()):
+        parsed = parser.parse(format, file.data, waiting)
+        return Document(parsed.text, markup, parsed.marks)
+    text = _decode(file.data)
+    if not text.strip():
+        raise Unreadable("empty", "Nothing to do: it holds no text.")
+    return Document(text, markup)
+
+
+def read_file(path: Path, max_bytes: int) -> File:
+    """Reads a file of a kind that can be used. Raises Unreadable."""
+    suffix = path.suffix.lower()
+    if _UNSUPPORTED.fullmatch(suffix):
+        raise Unreadable(f"not supported: {suffix}", _remedy(suffix))
     try:
         str(path).encode("utf-8")
         data, status = _read_bytes(path, max_bytes)
@@ -88,11 +140,12 @@ def read_document(path: Path, max_bytes: int) -> Document:
         raise Unreadable("permission denied", "Give yourself the right to read it.") from error
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror or error}", "Check the disk and the file.") from error
-    text = _decode(data)
-    if not text.strip():
-        raise Unreadable("empty", "Nothing to do: it holds no text.")
-    digest = hashlib.sha256(data).hexdigest()
-    return Document(text, markup_of(path), digest, status.st_size, status.st_mtime_ns)
+    return File(path, data, hashlib.sha256(data).hexdigest(), status.st_size, status.st_mtime_ns)
+
+
+def _remedy(suffix: str) -> str:
+    fitting = (remedy for pattern, remedy in _REMEDIES if pattern.fullmatch(suffix))
+    return next(fitting, "Nothing to do: it holds no text that Quire could use.")
 
 
 def _read_bytes(path: Path, max_bytes: int) -> tuple[bytes, os.stat_result]:
@@ -105,7 +158,7 @@ def _read_bytes(path: Path, max_bytes: int) -> tuple[bytes, os.stat_result]:
         if status.st_size > max_bytes:
             raise _too_large(status.st_size, max_bytes)
         head = file.read(_HEAD_BYTES)
-        if _is_binary(head):
+        if path.suffix.lower() not in _FORMATS and _is_binary(head):
             raise Unreadable("a binary file", "Only text can be used.")
         data = head + file.read(max_bytes + 1 - len(head))  # it may have grown since
     if len(data) > max_bytes:
@@ -142,8 +195,10 @@ def _decode(data: bytes) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def walk(root: Path) -> Iterator[Path]:
+def walk(root: Path, keeps: Callable[[os.DirEntry[str]], bool] = lambda _: True) -> Iterator[Path]:
     """The files of a folder, sorted by name within each folder; root itself when it is a file.
+
+    keeps: whether a file, or a folder with all that is in it, is wanted.
 
     Hidden files and folders, virtual environments and folders of installed packages are left out. Links to
     folders are not followed, links to files only within root. Yielded although they cannot be read, so that
@@ -153,11 +208,11 @@ def walk(root: Path) -> Iterator[Path]:
     if not root.is_dir():
         yield root
         return
-    yield from _walk(root, root)
+    yield from _walk(root, root, keeps)
 
 
-def walk_below(root: Path, path: Path) -> Iterator[Path]:
-    """What walk(root) yields of one path below it: a file, or the files of a folder; nothing where it is left out."""
+def walk_below(root: Path, path: Path, keeps: Callable[[os.DirEntry[str]], bool] = lambda _: True) -> Iterator[Path]:
+    """What walk(root, keeps) yields of one path below it: a file, or the files of a folder; or nothing."""
     place = root
     inside = os.path.realpath(root) + os.sep
     for name in path.relative_to(root).parts:
@@ -165,10 +220,10 @@ def walk_below(root: Path, path: Path) -> Iterator[Path]:
             entry = next(entry for entry in os.scandir(place) if entry.name == name)
         except (OSError, StopIteration):  # gone meanwhile, or nobody may look
             return
-        if not _belongs(entry, inside):
+        if not (_belongs(entry, inside) and keeps(entry)):
             return
         place /= name
-    yield from _walk(root, path)
+    yield from _walk(root, path, keeps)
 
 
 def left_out(root: Path, path: Path) -> bool:
@@ -177,7 +232,7 @@ def left_out(root: Path, path: Path) -> bool:
     return any(name.startswith(".") for name in names) or not _SKIPPED_FOLDERS.isdisjoint(names[:-1])
 
 
-def _walk(root: Path, start: Path) -> Iterator[Path]:
+def _walk(root: Path, start: Path, keeps: Callable[[os.DirEntry[str]], bool]) -> Iterator[Path]:
     inside = os.path.realpath(root) + os.sep
     pending = [str(start)]
     while pending:
@@ -190,7 +245,7 @@ def _walk(root: Path, start: Path) -> Iterator[Path]:
         except OSError:
             yield Path(path)
             continue
-        pending.extend(entry.path for entry in entries if _belongs(entry, inside))
+        pending.extend(entry.path for entry in entries if _belongs(entry, inside) and keeps(entry))
 
 
 def _belongs(entry: os.DirEntry[str], inside: str) -> bool:

@@ -7,14 +7,18 @@ is stored, which model runs, or what becomes of the passages.
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from quire import chunking
 from quire.chunking import Passage
 from quire.config import Settings
-from quire.documents import Document, Unreadable, markup_of, read_document, walk, walk_below
+from quire.documents import Document, File, document_of, read_file, rules_of, walk, walk_below
+from quire.formats.base import Unreadable
+from quire.ignore import Rules
 from quire.library import Library, StoredDocument
+from quire.parsing import NotNow, Parser
 
 ChangeKind = Literal["added", "changed", "cut anew", "moved", "removed"]
 
@@ -44,7 +48,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class IndexProgress:
-    """After each file. total: files found."""
+    """After each file, and again and again while a slow one is parsed. total: files found."""
 
     done: int
     total: int
@@ -87,20 +91,29 @@ def index_roots(
     chunker_signature: names the tokenizer behind count_tokens; documents cut under another one, another chunk
     size or other rules are cut again.
     """
-    return _Pass(library, count_tokens, chunker_signature, settings).run(list(roots), progress)
+    with Parser() as parser:
+        return _Pass(library, count_tokens, chunker_signature, settings, parser).run(list(roots), progress)
 
 
 class _Pass:
     """One pass over some roots."""
 
     def __init__(
-        self, library: Library, count_tokens: Callable[[str], int], tokenizer: str, settings: Settings
+        self,
+        library: Library,
+        count_tokens: Callable[[str], int],
+        tokenizer: str,
+        settings: Settings,
+        parser: Parser,
     ) -> None:
         self._library = library
         self._count_tokens = count_tokens
         self._tokenizer = tokenizer
         self._settings = settings
+        self._parser = parser
         self._roots = library.roots()
+        self._rules = {root: Rules(root, settings.include) for root in self._roots}
+        self._named: frozenset[Path] = frozenset()  # files that somebody says are different, whatever their time says
         self._known = {document.path: document for document in library.documents()}
         self._origins: dict[str, list[Path]] = {}  # vanished files by their content
         self._changes: list[Change] = []
@@ -108,6 +121,7 @@ class _Pass:
         self._unchanged = 0
 
     def run(self, roots: Sequence[Path], progress: Callable[[IndexProgress], None]) -> IndexReport:
+        self._named = frozenset(roots) - frozenset(self._roots)
         # An unplugged disk is not a deleted folder: of a root that is not there, everything is kept.
         present = [root for root in roots if os.path.lexists(self._root_of(root))]
         files = list(dict.fromkeys(file for root in present for file in self._files(root)))
@@ -115,7 +129,8 @@ class _Pass:
         for path in vanished:
             self._origins.setdefault(self._known[path].sha256, []).append(path)
         for done, file in enumerate(files, 1):
-            self._index(file)
+            before = IndexProgress(done - 1, len(files), file)
+            self._index(file, partial(progress, before))
             progress(IndexProgress(done, len(files), file))
         for path in vanished:  # last, so that a moved file still finds its chunks
             self._library.forget(path)
@@ -132,7 +147,8 @@ class _Pass:
 
     def _files(self, path: Path) -> Iterable[Path]:
         root = self._root_of(path)
-        return walk(root) if path == root else walk_below(root, path)
+        keeps = self._rules[root].keeps if root in self._rules else Rules(root, self._settings.include).keeps
+        return walk(root, keeps) if path == root else walk_below(root, path, keeps)
 
     def _vanished(self, roots: Sequence[Path], files: Sequence[Path]) -> list[Path]:
         """Documents of these roots whose files are gone, as far as one can see."""
@@ -146,53 +162,68 @@ class _Pass:
 
         return [p for p in self._known if p not in found and was_looked_for(p) and not _below(p, closed)]
 
-    def _index(self, file: Path) -> None:
-        signature = self._signature(file)
-        known = self._known.get(file)
-        if known and known.state == "indexed" and known.signature == signature and _same_stamp(file, known):
-            self._unchanged += 1
+    def _index(self, path: Path, waiting: Callable[[], None]) -> None:
+        signature = self._signature(path)
+        known = self._known.get(path)
+        if known and known.signature == signature and path not in self._named and _same_stamp(path, known):
+            self._unchanged_since(known)
             return
         try:
-            document = read_document(file, self._settings.max_file_mb * 1_000_000)
+            file = read_file(path, self._settings.max_file_mb * 1_000_000)
         except Unreadable as error:
-            self._skip(file, error)
+            self._skip(StoredDocument(path, 0, 0, "", "", "skipped", error.reason, error.remedy))
             return
-        if known and known.sha256 == document.sha256 and known.signature == signature:
-            self._library.restamp(file, document.size_bytes, document.mtime_ns)
-            self._unchanged += 1
+        if known and known.sha256 == file.sha256 and known.signature == signature:
+            self._library.restamp(path, file.size_bytes, file.mtime_ns)
+            self._unchanged_since(known)
             return
-        self._store(file, document, signature)
+        try:
+            passages = self._library.passages_of_content(file.sha256, signature) or self._cut(file, waiting)
+        except Unreadable as error:
+            # With what it was read from, so that it is not tried again before it changes.
+            read = ("", "") if isinstance(error, NotNow) else (file.sha256, signature)
+            stamp = (file.size_bytes, file.mtime_ns)
+            self._skip(StoredDocument(path, *stamp, *read, "skipped", error.reason, error.remedy))
+            return
+        self._store(file, signature, passages)
 
-    def _store(self, file: Path, document: Document, signature: str) -> None:
-        known = self._known.get(file)
-        passages = self._library.passages_of_content(document.sha256, signature) or self._cut(document)
+    def _unchanged_since(self, known: StoredDocument) -> None:
+        if known.state == "indexed":
+            self._unchanged += 1
+        else:
+            self._skipped.append(Skipped(known.path, known.reason, known.remedy))
+
+    def _store(self, file: File, signature: str, passages: Sequence[Passage]) -> None:
+        known = self._known.get(file.path)
         new = self._library.replace_document(
-            StoredDocument(file, document.size_bytes, document.mtime_ns, document.sha256, signature), passages
+            StoredDocument(file.path, file.size_bytes, file.mtime_ns, file.sha256, signature), passages
         )
         kind: ChangeKind = "changed" if known and known.state == "indexed" else "added"
-        if known and kind == "changed" and known.sha256 == document.sha256:
+        if known and kind == "changed" and known.sha256 == file.sha256:
             kind = "cut anew"  # as another model wants it
-        if kind == "added" and self._origins.get(document.sha256):
-            self._origins[document.sha256].pop(0)
+        if kind == "added" and self._origins.get(file.sha256):
+            self._origins[file.sha256].pop(0)
             kind = "moved"
         tokens = {p.chunk_id: p.tokens for p in passages}
         tokens_new = sum(tokens[chunk] for chunk in new)
-        self._changes.append(Change(file, kind, len(new), len(tokens), tokens_new, new))
+        self._changes.append(Change(file.path, kind, len(new), len(tokens), tokens_new, new))
 
-    def _cut(self, document: Document) -> list[Passage]:
-        return chunking.split(document.text, self._count_tokens, self._settings.chunk_tokens, markup=document.markup)
+    def _cut(self, file: File, waiting: Callable[[], None]) -> list[Passage]:
+        document: Document = document_of(file, self._parser, waiting)
+        size = self._settings.chunk_tokens
+        passages = chunking.split(document.text, self._count_tokens, size, markup=document.markup)
+        return [document.located(passage) for passage in passages]
 
-    def _skip(self, file: Path, error: Unreadable) -> None:
-        known = self._known.get(file)
+    def _skip(self, record: StoredDocument) -> None:
+        known = self._known.get(record.path)
         lost = known is not None and known.state == "indexed"
-        self._skipped.append(Skipped(file, error.reason, error.remedy, lost))
-        record = StoredDocument(file, 0, 0, "", "", "skipped", error.reason, error.remedy)
-        if record != known and _storable(file):
+        self._skipped.append(Skipped(record.path, record.reason, record.remedy, lost))
+        if record != known and _storable(record.path):
             self._library.replace_document(record, [])
 
     def _signature(self, file: Path) -> str:
         """Everything besides the content that decides how a file is cut."""
-        parts = (self._tokenizer, chunking.VERSION, self._settings.chunk_tokens, markup_of(file))
+        parts = (self._tokenizer, chunking.VERSION, self._settings.chunk_tokens, rules_of(file))
         return "/".join(map(str, parts))
 
 

@@ -85,6 +85,7 @@ class Hit:
     end_line: int
     heading: str
     score: float
+    place: str = ""  # "page 3": where it is in a file that has no lines to name
 
 
 _migrations = Migrations("quire.library")
@@ -123,6 +124,18 @@ def create_pins_and_addresses(db: Database) -> None:
             address TEXT NOT NULL, PRIMARY KEY (cache, chunk)) WITHOUT ROWID"""
     )
     db.execute("CREATE INDEX addresses_by_chunk ON addresses (chunk)")
+
+
+@_migrations()
+def create_place(db: Database) -> None:
+    """Version 3. Where a passage stands in a file that is not read by lines."""
+    db.execute("ALTER TABLE passages ADD COLUMN place TEXT NOT NULL DEFAULT ''")
+    db.execute("DROP VIEW places")
+    db.execute(
+        """CREATE VIEW places AS SELECT passages.id, document, path, name, ordinal, chunk, text, tokens,
+            start_line, end_line, heading, place FROM passages
+            JOIN chunks ON chunks.id = chunk JOIN documents ON documents.id = document"""
+    )
 
 
 class Library(SqliteFile):
@@ -203,9 +216,9 @@ class Library(SqliteFile):
             old_chunks = self._remove(document.path)
             row = self._insert_document(document)
             self._many(
-                "INSERT INTO passages (document, ordinal, chunk, start_line, end_line, heading)"
-                " VALUES (?, ?, ?, ?, ?, ?)",
-                [(row, i, p.chunk_id, p.start_line, p.end_line, p.heading) for i, p in enumerate(passages)],
+                "INSERT INTO passages (document, ordinal, chunk, start_line, end_line, heading, place)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [(row, i, p.chunk_id, p.start_line, p.end_line, p.heading, p.place) for i, p in enumerate(passages)],
             )
             self._db.execute(
                 "INSERT INTO words (rowid, text, heading, name)"
@@ -241,7 +254,7 @@ class Library(SqliteFile):
 
     def passages_of_content(self, sha256: str, signature: str) -> list[Passage]:
         """How a file with these bytes was cut under this signature; none when no such file is known."""
-        same = "SELECT id FROM documents WHERE sha256 = ? AND signature = ? LIMIT 1"
+        same = "SELECT id FROM documents WHERE sha256 = ? AND signature = ? AND state = 'indexed' LIMIT 1"
         found = self._places(f"document = ({same}) ORDER BY ordinal", sha256, signature)
         return [passage for _, passage in found]
 
@@ -315,10 +328,10 @@ class Library(SqliteFile):
 
     def _hit(self, place: int, score: float) -> Hit:
         [(path, p)] = self._places("id = ?", place)
-        return Hit(p.chunk_id, p.text, p.tokens, path, p.start_line, p.end_line, p.heading, score)
+        return Hit(p.chunk_id, p.text, p.tokens, path, p.start_line, p.end_line, p.heading, score, p.place)
 
     def _places(self, where: str, *arguments: str | int) -> list[tuple[Path, Passage]]:
-        columns = "path, text, tokens, start_line, end_line, heading"
+        columns = "path, text, tokens, start_line, end_line, heading, place"
         rows = self._rows(f"SELECT {columns} FROM places WHERE {where}", arguments)
         return [(Path(path), Passage(*rest)) for path, *rest in rows]
 

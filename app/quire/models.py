@@ -357,7 +357,7 @@ def price(session: "Session", wanted: Settings) -> Price:
         costs = there.known_costs
         if costs is None and (costs := here.known_costs):  # roughly: work grows with the size of the weights
             slower = there.model_file.stat().st_size / here.model_file.stat().st_size
-        ms = costs.stitched(0, 0, 0.0, lengths, len(there.chunks.preamble), False)["encode"] if costs else 0.0
+        ms = costs.encode(lengths, len(there.chunks.preamble))["encode"] if costs else 0.0
         return Price(unused, sum(lengths), slower * ms)
 
 

@@ -175,6 +175,8 @@ def _source(number: int, hit: Hit) -> str:
 
 
 def _lines(hit: Hit) -> str:
+    if hit.place:
+        return hit.place
     return f"line {hit.start_line}" if hit.start_line == hit.end_line else f"lines {hit.start_line} to {hit.end_line}"
 
 

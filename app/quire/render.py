@@ -45,9 +45,10 @@ def path_from_here(path: Path) -> str:
 
 
 def source(hit: Hit) -> str:
-    """notes/tea.md:12-30  Tea > Brewing"""
+    """notes/tea.md:12-30  Tea > Brewing; or tea.pdf, page 3  Brewing"""
     heading = printable(hit.heading).replace("\n", " ")
-    return f"{path_from_here(hit.path)}:{hit.start_line}-{hit.end_line}" + (f"  {heading}" if heading else "")
+    place = f", {printable(hit.place)}" if hit.place else f":{hit.start_line}-{hit.end_line}"
+    return f"{path_from_here(hit.path)}{place}" + (f"  {heading}" if heading else "")
 
 
 def index_lines(report: IndexReport) -> list[str]:
@@ -218,6 +219,12 @@ def settings_json(settings: Settings, origins: Mapping[str, Origin]) -> Json:
 
 def sources_json(hits: Sequence[Hit]) -> list[Json]:
     return [
-        {"path": str(h.path), "start_line": h.start_line, "end_line": h.end_line, "score": round(h.score, 4)}
+        {
+            "path": str(h.path),
+            "start_line": h.start_line,
+            "end_line": h.end_line,
+            "place": h.place,
+            "score": round(h.score, 4),
+        }
         for h in hits
     ]

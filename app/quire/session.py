@@ -9,15 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quire import paths
-from quire.config import FromDial, Settings
+from quire.config import FromDial, FromMachine, Settings
+from quire.idle import asking
 from quire.indexer import IndexProgress, IndexReport, index_roots
 from quire.library import EVERYWHERE, Everywhere, Hit, Library
 from quire.mentions import Mentions, Places
 from quire.model_files import model_file
 from quire.shelf import CacheProgress, Shelf
-from quire_engine.engine import DIALS, Engine, EngineSettings, Request, never
+from quire_engine.engine import Engine, EngineSettings, Request, never
 from quire_engine.errors import QuireError
 from quire_engine.generate import Sampling
+from quire_engine.kv import pools
 from quire_engine.prompt import Wording
 from quire_engine.types import Event, Exchange
 
@@ -70,7 +72,7 @@ class Session:
         s = self.settings
         wording = Wording((paths.assets() / "system_prompt.txt").read_text().strip())
         folders = (paths.data_dir() / "profiles", Path(str(paths.assets() / "profiles")))
-        engine_settings = EngineSettings(wording, s.threads, s.precision, s.chunk_tokens, folders)
+        engine_settings = EngineSettings(wording, s.threads, s.precision, s.chunk_tokens, folders, s.runtime)
         return Engine(model_file(s.model), cache_dir, engine_settings)
 
     def __enter__(self) -> "Session":
@@ -141,7 +143,8 @@ class Session:
         sources = self._passages(asked, within, history)
         yield Found(tuple(sources), 1000 * (time.perf_counter() - began))
         written_before = self.engine.written_bytes
-        yield from self.engine.answer(self.request(asked.question, sources, self._spoken(history)), should_stop)
+        with asking(paths.data_dir()):
+            yield from self.engine.answer(self.request(asked.question, sources, self._spoken(history)), should_stop)
         self.engine.catalogue.flush()
         if self.engine.written_bytes > written_before:
             self.shelf.trim()
@@ -167,13 +170,28 @@ class Session:
         return Estimate(total, total - reused, room, forecast.first_token_ms)
 
     def _passages(self, asked: Mentions, within: Path | Everywhere, history: Sequence[Exchange] | None) -> list[Hit]:
-        """What is found; in a conversation that may be nothing."""
+        """What is found, on its way into memory; in a conversation that may be nothing."""
         try:
-            return self.find(asked.question, asked.paths or within)
+            found = self.find(asked.question, asked.paths or within)
         except NothingFound:
             if history:
                 return []
             raise
+        self._prefetch([hit.text for hit in found], history or ())
+        return found
+
+    def _prefetch(self, passages: Sequence[str], history: Sequence[Exchange]) -> None:
+        """Begins to read what does not stand in the context yet, while a question is typed or prepared."""
+        share, standing = self.settings.memory_gb, {passage for exchange in history for passage in exchange.passages}
+        # Settings may change while a session is open.
+        self.engine.memory.limit_bytes = pools.usual_bytes() if isinstance(share, FromMachine) else int(share * 1e9)
+        if self._ratio < 1:
+            self.engine.prefetch([passage for passage in passages if passage not in standing])
+
+    @property
+    def _ratio(self) -> float:
+        s = self.settings
+        return self.engine.ratio(s.dial, s.selector) if isinstance(s.ratio, FromDial) else s.ratio
 
     def _spoken(self, history: Sequence[Exchange] | None) -> tuple[Exchange, ...] | None:
         """The conversation as the model read it."""
@@ -219,7 +237,7 @@ class Session:
         return Request(
             question=question,
             passages=tuple(hit.text for hit in sources),
-            ratio=DIALS[s.dial] if isinstance(s.ratio, FromDial) else s.ratio,
+            ratio=self._ratio,
             selector=s.selector,
             max_tokens=s.max_tokens,
             sampling=Sampling(s.temperature),

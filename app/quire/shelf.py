@@ -3,9 +3,10 @@
 What is stored is worth the seconds it saves: those that computing it took, times how often it was used, where a use
 counts half after a week, over its bytes. A passage of the library counts half a use more, because it may be asked for;
 one of a gone document or another model, and a conversation, count by their uses alone. What is pinned is cached first
-and evicted last. Caching ahead takes the place only of what is not in the library and worth less; an answer stores what
-it needs, and the budget is met again afterwards. Several processes may cache at once: none computes what another is
-computing, and what one takes away, another computes again.
+and evicted last. Then come the documents that are likeliest to be asked for (saved just now, or found by questions
+lately) over what caching the rest of them takes. Caching ahead takes the place only of what is not in the library and
+worth less; an answer stores what it needs, and the budget is met again afterwards. Several processes may cache at once:
+none computes what another is computing, and what one takes away, another computes again.
 
 Knows nothing of how KV is made, how files become passages, or who looks at it.
 """
@@ -25,6 +26,8 @@ from quire_engine.kv.store import KVStore
 _BATCH_CHUNKS = 4  # small: between two batches the work can stop
 _ADDRESSES_AT_ONCE = 100  # found between two chances to do something else
 _EXPECTED_USES = 0.5  # of a passage of the library that was never used
+_DAY_SECONDS = 86400.0
+_JUST_NOW_SECONDS = 60.0  # saves closer together than this are equally new
 _OTHERS_SECONDS = 0.2  # between two looks at what another process is computing
 
 
@@ -149,13 +152,31 @@ class Shelf:
         self._catalogue.look()
         self._listed_bytes = self._catalogue.size_bytes()
         sizes = self._catalogue.sizes(self._store.root.name)
-        pinned_first = sorted(self.items, key=lambda item: not item.pinned)
-        ordered = dict.fromkeys(chunk for item in pinned_first for chunk in item.passages)
         addresses = self._addresses
-        self.waiting = {c: self.tokens[c] for c in ordered if c in self.tokens and addresses.get(c) not in sizes}
+        lacking = {
+            c for item in self.items for c in item.passages if c in self.tokens and addresses.get(c) not in sizes
+        }
+        ordered = dict.fromkeys(c for item in self._by_worth(lacking) for c in item.passages if c in lacking)
+        self.waiting = {chunk: self.tokens[chunk] for chunk in ordered}
         stored = [c for c in self.tokens if c not in self.waiting and addresses.get(c) in sizes]
         if tokens := sum(self.tokens[c] for c in stored):
             self._bytes_per_token = sum(sizes[addresses[c]] for c in stored) / tokens
+
+    def _by_worth(self, lacking: set[str]) -> list[Item]:
+        """The documents that lack passages, in the order in which they are cached: pinned ones, then by the questions
+        to be expected over the tokens to compute, so that the fewest questions come too early (Smith's rule)."""
+        if not lacking:
+            return []
+        now, store = time.time(), self._store.root.name
+        uses = {entry.key: entry.uses_at(now) for entry in self._catalogue.entries() if entry.store == store}
+
+        def worth(item: Item) -> tuple[bool, float]:
+            age = max(_JUST_NOW_SECONDS, now - item.document.mtime_ns / 1e9)  # a clock that jumped makes it new
+            used = sum(uses.get(self._addresses.get(chunk, ""), 0.0) for chunk in item.passages)
+            tokens = sum(self.tokens[chunk] for chunk in item.passages if chunk in lacking)
+            return item.pinned, (_EXPECTED_USES + _DAY_SECONDS / age + used) / tokens
+
+        return sorted((i for i in self.items if not lacking.isdisjoint(i.passages)), key=worth, reverse=True)
 
     def _total_written(self) -> int:
         return sum(store.total_written_bytes() for store in self._catalogue.stores())

@@ -35,6 +35,7 @@ class Source:
     heading: str
     text: str
     score: float
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def _turn_in_markdown(number: int, turn: Turn) -> list[str]:
     if turn.sources:
         parts.append("### Sources")
     for source in turn.sources:
-        place = f"{_code(str(source.path))}, lines {source.start_line}-{source.end_line}"
+        lines = f"lines {source.start_line}-{source.end_line}"
+        place = f"{_code(str(source.path))}, {_escaped(source.place) or lines}"
         heading = _escaped(source.heading)
         parts += [f"{place}: {heading}" if heading else place, _fenced(source.text)]
     return parts
@@ -256,6 +258,7 @@ def _source_from(stored: Any) -> Source:
         heading=_checked(str, stored["heading"]),
         text=_checked(str, stored["text"]),
         score=_checked(float, stored["score"]),
+        place=_checked(str, stored.get("place", "")),  # of old, every source had lines
     )
 
 

@@ -2,8 +2,9 @@
 
 A save is often several events: a temporary file, a rename, a backup. So paths are collected until nothing more came
 for a moment, then handed over together. A folder that cannot be watched (too many watches, a network mount, not there)
-is said so of, once, and is to be looked through as a whole now and then instead. One that is renamed, removed or put
-back while it is watched is handed over itself, within seconds.
+is said so of, once, and is to be looked through as a whole now and then instead; the others too, but rarely, because a
+full queue loses events. One that is renamed, removed or put back while it is watched is handed over itself, within
+seconds; so is a folder in it whose permissions or ignore files change.
 
 Knows which names are never looked at; knows nothing of what the files say or what becomes of them.
 """
@@ -28,11 +29,14 @@ from watchdog.events import (
 from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver, ObservedWatch
 
+from quire import ignore
 from quire.documents import left_out
+from quire.ignore import Rules
 
 _SETTLED_SECONDS = 0.7
 _LATEST_SECONDS = 5.0  # a file that is written to all the time does not hold up the others for longer
 _RESCAN_SECONDS = 60.0
+_SWEEP_SECONDS = 600.0
 _GLANCE_SECONDS = 3.0  # no event tells that a watched folder itself was renamed
 _JOIN_SECONDS = 2.0
 _MOST_PATHS = 500  # of so many at once some may have been missed: the whole folder is looked through
@@ -46,11 +50,12 @@ _MOUNTS = Path("/proc/self/mountinfo")
 @dataclass(frozen=True)
 class Pace:
     """How long to wait, in seconds: until changes have settled; between two looks at what cannot be watched; between
-    two glances whether what is watched is still there."""
+    two glances whether what is watched is still there; between two looks at everything."""
 
     settled: float = _SETTLED_SECONDS
     rescan: float = _RESCAN_SECONDS
     glance: float = _GLANCE_SECONDS
+    sweep: float = _SWEEP_SECONDS
 
 
 class Watcher:
@@ -112,11 +117,8 @@ class Watcher:
     # On the observer's thread
 
     def _collect(self, root: Path, paths: Collection[Path]) -> None:
-        noted = {path for path in paths if path.is_relative_to(root) and not left_out(root, path)}
-        if not noted:
-            return
         with self._news:
-            self._collected |= {root} if len(self._collected) > _MOST_PATHS else noted
+            self._collected |= {root} if len(self._collected) > _MOST_PATHS else set(paths)
             self._last_at = time.monotonic()
             self._first_at = self._first_at or self._last_at
             self._news.notify()
@@ -127,6 +129,7 @@ class Watcher:
         rescan_at = time.monotonic() + self._pace.rescan
         glance = min(self._pace.glance, self._pace.rescan)
         glance_at = time.monotonic() + glance
+        sweep_at = time.monotonic() + self._pace.sweep
         while not self._closing.is_set():
             with self._news:
                 now = time.monotonic()
@@ -136,10 +139,11 @@ class Watcher:
             if settled and not self._closing.is_set():
                 self._changed(settled)
             if time.monotonic() >= glance_at and not self._closing.is_set():
-                rescans = time.monotonic() >= rescan_at
-                self._look(rescans)
+                rescans, sweeps = time.monotonic() >= rescan_at, time.monotonic() >= sweep_at
+                self._look(rescans, sweeps)
                 glance_at = time.monotonic() + glance
                 rescan_at = time.monotonic() + self._pace.rescan if rescans else rescan_at
+                sweep_at = time.monotonic() + self._pace.sweep if sweeps else sweep_at
 
     def _settled_at(self, now: float) -> float:
         if not self._collected:
@@ -148,13 +152,15 @@ class Watcher:
 
     def _take(self) -> frozenset[Path]:
         taken, self._collected, self._first_at = frozenset(self._collected), set(), 0.0
+        for root in list(self._roots.values()) if taken else ():
+            root.rules.forget()  # an ignore file may be among what changed
         return taken
 
-    def _look(self, rescans: bool) -> None:
-        """What went away or came back is handed over; when it is time, also what cannot be watched."""
+    def _look(self, rescans: bool, sweeps: bool) -> None:
+        """What went away or came back is handed over; when it is time, also what cannot be watched, or everything."""
         with self._changing_roots:
             needs = {path: root.needs_look() for path, root in self._roots.items()}
-            look = frozenset(path for path, need in needs.items() if need == "changed" or (rescans and need))
+            look = frozenset(p for p, need in needs.items() if need == "changed" or (rescans and need) or sweeps)
         if look:
             self._changed(look)
 
@@ -163,9 +169,10 @@ class _Root:
     """One folder or file that was added, watched while that is possible."""
 
     def __init__(self, path: Path, observer: BaseObserver, collect: Callable[[Path, Collection[Path]], None]) -> None:
+        self.rules = Rules(path)
         self._path = path
         self._observer = observer
-        self._handler = _Handler(path, collect)
+        self._handler = _Handler(path, self.rules, collect)
         self._watch: ObservedWatch | None = None
         self._identity = _NOWHERE  # of the folder for which watching was tried
 
@@ -212,15 +219,35 @@ class _Root:
 
 
 class _Handler(FileSystemEventHandler):
-    def __init__(self, root: Path, collect: Callable[[Path, Collection[Path]], None]) -> None:
+    """What happens in one watched folder, without what is never looked at."""
+
+    def __init__(self, root: Path, rules: Rules, collect: Callable[[Path, Collection[Path]], None]) -> None:
         self._root = root
+        self._rules = rules
         self._collect = collect
+        self._closed: set[Path] = set()  # folders that cannot be listed
 
     def on_any_event(self, event: FileSystemEvent) -> None:
-        if event.event_type in _READING or (event.is_directory and event.event_type == EVENT_TYPE_MODIFIED):
-            return  # what changed in a folder is told of by itself
+        if event.event_type in _READING:
+            return
         paths = {Path(os.fsdecode(path)) for path in (event.src_path, event.dest_path) if path}
-        self._collect(self._root, paths)
+        if event.is_directory and event.event_type == EVENT_TYPE_MODIFIED:
+            paths = {path for path in paths if self._opens_or_closes(path)}  # the rest is told of by itself
+        if noted := {place for path in paths for place in self._noted(path)}:
+            self._collect(self._root, noted)
+
+    def _opens_or_closes(self, folder: Path) -> bool:
+        """Whether its permissions changed so that it can be listed now, or no longer."""
+        closed, was_closed = not os.access(folder, os.R_OK | os.X_OK), folder in self._closed
+        (self._closed.add if closed else self._closed.discard)(folder)
+        return closed != was_closed and folder.exists()
+
+    def _noted(self, path: Path) -> Collection[Path]:
+        """The path itself, or the folder for which an ignore file counts; nothing where nobody looks."""
+        place = path.parent if path.name in ignore.NAMES else path
+        if not place.is_relative_to(self._root) or left_out(self._root, place) or self._rules.leaves_out(place):
+            return ()
+        return (place,)
 
 
 def network_mount(path: Path, mounts: Path = _MOUNTS) -> str:

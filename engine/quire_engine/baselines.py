@@ -69,25 +69,14 @@ KV_TYPES = {"q8_0": KVType(8, 8.5), "q4_0": KVType(2, 4.5)}
 
 
 class QuantizedLlama:
-    """llama-cpp-python with a KV cache of one of llama.cpp's own types, in Quire's batch shapes: full prefill only."""
+    """llama.cpp with a KV cache of one of its own types, in Quire's batch shapes: full prefill only."""
 
     def __init__(self, model_file: Path, context_tokens: int, threads: int, kv_type: KVType) -> None:
-        from llama_cpp import Llama
+        from quire_engine.runtimes.llama_context import LlamaContext, LlamaModel
 
-        from quire_engine.runtimes.llama_context import BATCH_TOKENS
-
-        self._llama = Llama(
-            str(model_file),
-            n_ctx=context_tokens,
-            n_batch=BATCH_TOKENS,
-            n_ubatch=BATCH_TOKENS,
-            n_threads=threads,
-            n_threads_batch=threads,
-            flash_attn=True,  # other attention takes no quantised values
-            type_k=kv_type.number,
-            type_v=kv_type.number,
-            verbose=False,
-        )
+        model = LlamaModel(model_file)
+        self._context = LlamaContext(model, context_tokens, 1, threads, kv_type.number)
+        self._tokens = 0
 
     @staticmethod
     def takes(shape: ModelShape, kv_type: KVType) -> bool:
@@ -95,16 +84,22 @@ class QuantizedLlama:
         return shape.key_dim % kv_type.block == 0 and shape.value_dim % kv_type.block == 0
 
     def rewind(self, tokens: int) -> int:
-        self._llama.n_tokens = tokens
+        self._context.remove(0, tokens)
+        self._tokens = tokens
         return tokens
 
     def extend(self, tokens: Sequence[int]) -> Float32:
         """Appends tokens; scores of the next one [vocabulary]."""
-        import llama_cpp
+        return self._append(tokens, 1).ravel()
 
-        self._llama.eval(list(tokens))
-        pointer = llama_cpp.llama_get_logits_ith(self._llama.ctx, -1)
-        return np.ctypeslib.as_array(pointer, (self._llama.n_vocab(),)).copy()
+    def scores(self, tokens: Sequence[int]) -> Float32:
+        """Appends tokens; scores after each of them [tokens, vocabulary]."""
+        return self._append(tokens, len(tokens))
+
+    def _append(self, tokens: Sequence[int], scored: int) -> Float32:
+        self._context.decode(tokens, self._tokens + np.arange(len(tokens)), 0, scored)
+        self._tokens += len(tokens)
+        return self._context.scores(scored)
 
     def close(self) -> None:
-        self._llama.close()
+        self._context.close()

@@ -28,7 +28,6 @@ USUAL_SCORES = frozenset({"spectral"})
 """What every chunk is stored with; other scores are measured when a selector first asks for them."""
 
 _SENSITIVITY = "sensitivity"
-_EXACT_BITS = 16
 _ATTEMPTS = 3  # at reading back what was damaged and written again
 
 
@@ -71,6 +70,10 @@ class ChunkCache:
     def has(self, segment: Segment) -> bool:
         return not segment.tokens or self.store.has(segment.key)
 
+    def prefetch(self, segments: Sequence[Segment]) -> None:
+        """Begins to read them into memory, in the background and as far as there is room."""
+        self.store.prefetch([segment.key for segment in segments if segment.tokens])
+
     def missing(self, segments: Iterable[Segment]) -> tuple[Segment, ...]:
         """Those that are not stored, each once."""
         return tuple({s.key: s for s in segments if not self.has(s)}.values())
@@ -94,7 +97,7 @@ class ChunkCache:
         began = time.perf_counter()
         if segment == self.preamble:
             kv = ChunkKV(*runtime.encode((), segment.tokens), scores={})
-            plan = BitPlan.uniform(runtime.shape.layers, _EXACT_BITS, _EXACT_BITS)
+            plan = BitPlan.exact(runtime.shape.layers)
         else:
             kv, plan = self._read(runtime, segment.tokens, scores), self._plan
         data = format.encoded(kv, plan, segment.key)

@@ -7,33 +7,39 @@
 One request at a time, on one thread. Knows nothing of folders, files of documents, search or screens.
 """
 
+import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 
-from quire_engine import chunks, costs, forecast, generate, gguf, processes, selfcheck, turns
+from quire_engine import chunks, costs, forecast, generate, gguf, plan, processes, selfcheck, turns
 from quire_engine.chunks import ChunkCache
 from quire_engine.clock import Clock
 from quire_engine.costs import Costs
 from quire_engine.errors import Aborted, ContextOverflow
 from quire_engine.forecast import Work
 from quire_engine.kv.catalogue import Catalogue
+from quire_engine.kv.pools import MemoryPool
 from quire_engine.plan import Prompt, Segment
 from quire_engine.precision import calibrate, plans
 from quire_engine.precision import profile as profiles
 from quire_engine.prefill import Prefill
 from quire_engine.prompt import PromptWriter, Wording
 from quire_engine.runtimes import choose
-from quire_engine.runtimes.base import Runtime
-from quire_engine.selection import selectors, sensitivity
+from quire_engine.runtimes.base import SCRATCH_TOKENS, Runtime
+from quire_engine.selection import deviation, quality, selectors, sensitivity
+from quire_engine.selection.quality import Curve
+from quire_engine.selection.ratio import Ratios
+from quire_engine.selection.selectors import Selector
 from quire_engine.turns import Turn, Turns
 from quire_engine.types import Answered, BitPlan, Event, Exchange, Float32, Forecast, Limits, Text, Timings, TokenCounts
 
-DIALS = {"fast": 0.08, "balanced": 0.16, "exact": 1.0}
 _TURNS_BITS = 8  # of a conversation, whose KV nothing computes again
-_SCRATCH_TOKENS = 512  # room in the runtime for the probe's copy of the question and for rounding to whole spans
+_USUAL_CONTEXT = 1000  # for which costs are compared
+_PROBED_DEPTH = 0.88  # docs/decisions/selection.md
 
 
 def never() -> bool:
@@ -45,13 +51,14 @@ def never() -> bool:
 class EngineSettings:
     """wording: system prompt and the words around documents.  threads: 0 takes all cores.  precision: of stored keys
     and values, one of `plans.NAMES`.  chunk_tokens: the longest passage; models with a short context get less.
-    profiles: folders with precision profiles of models; new ones go into the first."""
+    profiles: folders with precision profiles of models; new ones go into the first.  runtime: one of `choose.NAMES`."""
 
     wording: Wording
     threads: int = 0
     precision: str = "default"
     chunk_tokens: int = 512
     profiles: tuple[Path, ...] = ()
+    runtime: str = choose.AUTO
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class Request:
 
     question: str
     passages: tuple[str, ...]
-    ratio: float = DIALS["balanced"]
+    ratio: float = quality.USUAL_RATIOS["balanced"]
     selector: str = "default"
     max_tokens: int = 256
     sampling: generate.Sampling = field(default_factory=generate.Sampling)
@@ -84,23 +91,30 @@ class Engine:
         self._settings = settings
         self.shape = gguf.shape(self._model)
         self.vocabulary = choose.vocabulary(model_file)
+        self.choice = choose.choose(settings.runtime, self._model)
         template = str(self._model.metadata.get("tokenizer.chat_template", ""))
         self._writer = PromptWriter(self.vocabulary, template, settings.wording)
         fingerprint = gguf.fingerprint(self._model)
         self.profile = plans.find(fingerprint, settings.profiles)
         self._profile_name = plans.file_name(fingerprint)
-        bits = plans.named(settings.precision, self.shape, self.profile)
+        self._bits = bits = plans.named(settings.precision, self.shape, self.profile)
         of_turns = BitPlan.uniform(self.shape.layers, _TURNS_BITS, _TURNS_BITS)
         self.tokenizer_id = fingerprint.hex()[:16]  # token counts are good as long as this stays the same
         identity = chunks.identity(fingerprint, self._writer.preamble, bits)
         name = identity.hex()[:16]
         unrelated = self.vocabulary.tokenize(sensitivity.UNRELATED_TEXT)[: sensitivity.UNRELATED_TOKENS]
         self.catalogue = Catalogue.of(cache_dir)
-        store = self.catalogue.store(name, self.model_name)
+        self.memory = MemoryPool()  # above the disk; has room once it is given some
+        store = self.catalogue.store(name, self.model_name, self.memory)
         self.chunks = ChunkCache(store, identity, bits, self._writer.preamble, tuple(unrelated))
         self.turns = Turns(self.catalogue.store(turns.STORE_PREFIX + name, self.model_name), identity, of_turns)
+        name = f"{name}{self.choice.record}"  # what was measured with another runtime says nothing
         self._verdict_file = cache_dir / "checks" / f"{name}.json"
         self._costs_file = cache_dir / "costs" / f"{name}.json"
+        device = f"{platform.machine()}, {self.threads} threads"
+        self.ratios = Ratios(cache_dir / "costs" / f"{name}.ratios.json", device)
+        self._quality_name = self.tokenizer_id + (f".{self.choice.runtime}" if self.choice.record else "")
+        self._curves = quality.load(settings.profiles, self._quality_name)
 
     # What the model is and allows
 
@@ -145,7 +159,7 @@ class Engine:
         known = selfcheck.load(self._verdict_file)
         if known is None:
             text = self.vocabulary.tokenize(sensitivity.UNRELATED_TEXT * 2)
-            known = selfcheck.check(self.runtime, text)
+            known = selfcheck.check(self.runtime, text, self._bits, self._verdict_file.parent)
             selfcheck.save(known, self._verdict_file)
         return known
 
@@ -153,7 +167,7 @@ class Engine:
     def runtime(self) -> Runtime:
         """The model's weights, loaded when first needed."""
         stitching = not gguf.why_not_stitchable(self._model)
-        return choose.runtime(self.model_file, self.shape, self.threads, stitching)
+        return choose.runtime(self.model_file, self.shape, self.threads, stitching, self.choice)
 
     @property
     def threads(self) -> int:
@@ -169,6 +183,14 @@ class Engine:
         """As costs, but never measures: None while this model was not used yet."""
         verdict = selfcheck.load(self._verdict_file)
         return costs.load(self._costs_file) or (verdict.costs if verdict else None)
+
+    def ratio(self, dial: str, selector: str = "default") -> float:
+        """The share to recompute that a position of the dial asks of this model: `Request.ratio`."""
+        return quality.ratio(dial, self._curves, selectors.parse(selector).name)
+
+    def keep_curve(self, curve: Curve) -> None:
+        """From the next opening on, the dial takes for this model and runtime what was measured of a selector."""
+        quality.save(curve, self._settings.profiles[0], self._quality_name)
 
     def measure_precision(
         self, passages: Sequence[str], on_progress: Callable[[int, int], None], should_stop: Callable[[], bool] = never
@@ -221,6 +243,13 @@ class Engine:
 
     # Answering
 
+    def prefetch(self, passages: Sequence[str]) -> None:
+        """Begins to read stored passages into memory, as far as it has room: call it as soon as it is known which ones
+        a question takes. What follows runs meanwhile, and waits for what it needs."""
+        if passages and not self.known_reuse_off:
+            backwards = map(self._segment, reversed(passages))  # from a slow disk the first are not read: see _lead
+            self.chunks.prefetch([self.chunks.preamble, *backwards])
+
     def prompt(self, request: Request) -> Prompt:
         """The segments of a request without its history. Raises ContextOverflow when they do not fit the model."""
         prompt = self._prompt(Exchange(request.passages, request.question, ""), 0)
@@ -241,7 +270,7 @@ class Engine:
         line = self._line(request)
         foreseen, expected = self._estimate(line, request)
         yield foreseen
-        again = 0 if foreseen.ratio >= 1 else int(foreseen.ratio * foreseen.context_tokens) + _SCRATCH_TOKENS
+        again = 0 if foreseen.ratio >= 1 else int(foreseen.ratio * foreseen.context_tokens) + SCRATCH_TOKENS
         self.runtime.reserve(line.tokens + again + request.max_tokens)
         clock = Clock()
         try:
@@ -249,12 +278,14 @@ class Engine:
                 with clock.step("resume"):
                     computed = self._resume(line, request)
                 prompt = self._prompt(line.asked, self.runtime.live_tokens)
-                prefill = Prefill(self.runtime, self.chunks, prompt, foreseen.ratio, clock, computed)
+                lead = self._lead(prompt) if foreseen.ratio < 1 and not selector.compares_values else 0
+                prefill = Prefill(self.runtime, self.chunks, prompt, foreseen.ratio, clock, computed, lead)
                 logits = prefill.run(selector)
         except Aborted:
             yield _stopped(foreseen, clock)
             return
-        self._learn(expected, prefill)
+        if not lead:  # what was read meanwhile says nothing about the disk
+            self._learn(expected, prefill)
         room = self.shape.context_tokens - len(prompt.tokens) - prompt.position
         answer = yield from self._speak(logits, request, prefill, room, should_stop)
         if request.keep:
@@ -262,6 +293,16 @@ class Engine:
             key = self.turns.keys([*(turn.exchange for turn in line.earlier), said], request.ratio >= 1)[-1]
             took_ms = sum(ms for step, ms in clock.steps.items() if step != "resume")
             self.turns.keep(self.runtime, key, self._stores_turns(request), took_ms / 1000)
+
+    def _lead(self, prompt: Prompt) -> int:
+        """How many of the first passages to compute while the others are read: none, unless the disk is slow."""
+        read_ms = [self.chunks.store.read_ms(chunk.key) for chunk in prompt.chunks]
+        known = self.costs
+        if known is None or not any(read_ms):
+            return 0
+        places = zip(prompt.chunks, prompt.starts[1:], strict=False)
+        # As it was measured: what was learned since may be about the disk.
+        return plan.leading(read_ms, [known.prefill.of(len(chunk), start) for chunk, start in places])
 
     def _line(self, request: Request) -> "_Line":
         """The turns as they stand in the context."""
@@ -350,20 +391,36 @@ class Engine:
         absent = line.earlier[held:]
         stored = [turn.tokens for turn in absent if self._stores_turns(request) and self.turns.stored(turn)]
         question = len(self._writer.question(request.question))
-        segments = [self.chunks.preamble, *map(self._segment, line.asked.passages)]
+        selector = selectors.parse(request.selector)
+        chunks = tuple(map(self._segment, line.asked.passages))
+        segments = {s.key: s for s in (self.chunks.preamble, *chunks) if s.tokens}
+        prompt = self._prompt(line.asked, line.tokens - line.asked_tokens)
+        lead = self._lead(prompt) if request.ratio < 1 and not selector.compares_values else 0
+        pools = Counter[str]()
+        for segment in chunks if line.earlier else (self.chunks.preamble, *chunks):
+            pools[self.chunks.store.where(segment.key)] += len(segment)
+        del pools[""]
         work = Work(
             new=line.asked_tokens - question,
+            passages=sum(map(len, chunks)),
             question=question,
-            missing=tuple(len(segment) for segment in self.chunks.missing(segments)),
+            pools=pools,
+            missing=tuple(len(segment) for segment in self.chunks.missing(segments.values())),
             guard=len(self._writer.preamble),
             held=sum(turn.tokens for turn in line.earlier[:held]),
             loaded=sum(stored),
             read=sum(turn.tokens for turn in absent) - sum(stored),
             dropped=line.dropped,
             stitches=bool(line.asked.passages),
-            probes=selectors.parse(request.selector).asks_question,
+            probes=selector.asks_question,
+            compared=deviation.compared_layers(self.shape.layers) / self.shape.layers * selector.compares_values,
+            depth=_depth(selector),
+            led=sum(map(len, chunks[:lead])),
+            reads_ms=sum(self.chunks.store.read_ms(chunk.key) for chunk in chunks[lead:]) if lead else 0.0,
         )
-        return forecast.foresee(work, self.costs, request.ratio, self.reuse_off, request.insist)
+        known = self.costs
+        tuned = self.ratios.fastest(known.transfers(_USUAL_CONTEXT)) if known else {}
+        return forecast.foresee(work, known, request.ratio, self.reuse_off, request.insist, tuned)
 
     def _learn(self, expected: dict[str, float], prefill: Prefill) -> None:
         """Corrects the cost estimates by what happened."""
@@ -388,6 +445,12 @@ class _Line:
     @property
     def tokens(self) -> int:
         return sum(turn.tokens for turn in self.earlier) + self.asked_tokens
+
+
+def _depth(selector: Selector) -> float:
+    """Where chosen tokens stand on average, 0..1: what a question looks at is mostly near the end."""
+    shares = sum(rule.shares for rule in selector.rules)
+    return sum(rule.shares * (_PROBED_DEPTH if rule.asks_question else 0.5) for rule in selector.rules) / shares
 
 
 def _stopped(foreseen: Forecast, clock: Clock) -> Answered:

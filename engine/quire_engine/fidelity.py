@@ -10,91 +10,26 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol, Self
 
-import numpy as np
-import numpy.typing as npt
-
 from quire_engine import plan as plans
 from quire_engine.chunks import ChunkCache
 from quire_engine.clock import Clock
+from quire_engine.divergence import Divergence, LogProbabilities, between, log_softmax
 from quire_engine.errors import Aborted, QuireError
 from quire_engine.kv import codec, format
 from quire_engine.kv.store import KVStore
 from quire_engine.plan import Prompt, Segment
 from quire_engine.prefill import Prefill
-from quire_engine.runtimes.base import Runtime
+from quire_engine.runtimes.base import SCRATCH_TOKENS, Runtime
 from quire_engine.selection import selectors
 from quire_engine.selection.selectors import Selector
 from quire_engine.types import BitPlan, ChunkKV, Float32
 
 ANSWER_TOKENS = 16
-_EXACT_BITS = 16
-_SCRATCH_TOKENS = 512
-_RESAMPLES = 10_000
-
-LogProbabilities = npt.NDArray[np.float64]
-Extend = Callable[[Sequence[int]], Float32]
-"""Appends tokens to what was read; scores of the next one."""
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """One variant's answer to one question against full prefill's: for every token KL(full || variant) in nats, and
-    whether both find the same token most likely."""
-
-    kl: tuple[float, ...]
-    agrees: tuple[bool, ...]
-
-    @property
-    def mean_kl(self) -> float:
-        return float(np.mean(self.kl))
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """Over questions: mean KL of an answer's tokens, of its first token, 99th percentile over all tokens, and the share
-    of tokens whose most likely one is the same."""
-
-    kl: float
-    first_kl: float
-    kl_p99: float
-    top1: float
-
-
-@dataclass(frozen=True)
-class Added:
-    """Mean KL that a variant has more than another one on the same questions, with its 95 % interval."""
-
-    kl: float
-    low: float
-    high: float
-
-
-def fidelity(divergences: Sequence[Divergence]) -> Fidelity:
-    tokens = np.concatenate([d.kl for d in divergences])
-    return Fidelity(
-        float(np.mean([d.mean_kl for d in divergences])),
-        float(np.mean([d.kl[0] for d in divergences])),
-        float(np.percentile(tokens, 99)),
-        float(np.mean(np.concatenate([d.agrees for d in divergences]))),
-    )
-
-
-def added(divergences: Sequence[Divergence], to: Sequence[Divergence]) -> Added:
-    """Paired by question; the interval is the bootstrap's over questions, the same at every call."""
-    differences = [a.mean_kl - b.mean_kl for a, b in zip(divergences, to, strict=True)]
-    return Added(float(np.mean(differences)), *interval(differences))
-
-
-def interval(of_questions: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of a mean over questions."""
-    values = np.asarray(of_questions, dtype=np.float64)
-    drawn = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
-    low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -115,11 +50,19 @@ class Comparison:
     divergence: Divergence
 
 
+class Reader(Protocol):
+    """A model with what it has read so far."""
+
+    def rewind(self, tokens: int) -> int: ...
+    def extend(self, tokens: Sequence[int]) -> Float32: ...
+    def scores(self, tokens: Sequence[int]) -> Float32: ...
+
+
 class Variant(Protocol):
     """A way of bringing a prompt into a model."""
 
-    def read(self, trial: "Trial") -> tuple[Float32, Extend]:
-        """Scores of the answer's first token, and how to read on."""
+    def read(self, trial: "Trial") -> tuple[Float32, Reader]:
+        """Scores of the answer's first token, and who reads on."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +73,11 @@ class Reused:
     ratio: float
     selector: str = "default"
 
-    def read(self, trial: "Trial") -> tuple[Float32, Extend]:
+    def read(self, trial: "Trial") -> tuple[Float32, Reader]:
         trial.runtime.rewind(0)
         cache = trial.stored(self.plan).cache
-        return _stitched(trial.runtime, cache, trial.prompt, self.ratio, selectors.parse(self.selector))
+        scores = _stitched(trial.runtime, cache, trial.prompt, self.ratio, selectors.parse(self.selector))
+        return scores, trial.runtime
 
 
 @dataclass(frozen=True)
@@ -142,19 +86,12 @@ class InPlace:
 
     plan: BitPlan
 
-    def read(self, trial: "Trial") -> tuple[Float32, Extend]:
+    def read(self, trial: "Trial") -> tuple[Float32, Reader]:
         runtime = trial.runtime
         runtime.rewind(0)
         trial.stored(self.plan, in_place=True).cache.place(runtime, trial.prompt)
         runtime.adopt()
-        return runtime.extend(trial.prompt.question.tokens), runtime.extend
-
-
-class Reader(Protocol):
-    """What full prefill needs of a model."""
-
-    def rewind(self, tokens: int) -> int: ...
-    def extend(self, tokens: Sequence[int]) -> Float32: ...
+        return runtime.extend(trial.prompt.question.tokens), runtime
 
 
 @dataclass(frozen=True)
@@ -164,13 +101,13 @@ class Prefilled:
     reader: Reader
     batch_tokens: int = 0
 
-    def read(self, trial: "Trial") -> tuple[Float32, Extend]:
+    def read(self, trial: "Trial") -> tuple[Float32, Reader]:
         self.reader.rewind(0)
         tokens = trial.prompt.tokens[: trial.prompt.context_tokens]
         size = self.batch_tokens or len(tokens)
         for start in range(0, len(tokens), size):
             self.reader.extend(tokens[start : start + size])
-        return self.reader.extend(trial.prompt.question.tokens), self.reader.extend
+        return self.reader.extend(trial.prompt.question.tokens), self.reader
 
 
 @dataclass(frozen=True)
@@ -201,38 +138,58 @@ class Trial:
         unrelated: tuple[int, ...] = (),
         answer_tokens: int = ANSWER_TOKENS,
         scores: frozenset[str] = frozenset(),
+        free_tokens: int = 0,
     ) -> None:
         """prompt: of a first turn, with no passage twice.  folder: where files may lie meanwhile.
         unrelated: tokens for selectors that want sensitivities, as ChunkCache has them; empty when none does.
-        scores: that selectors want of stored passages; those not named are measured when first asked for."""
+        scores: that selectors want of stored passages; those not named are measured when first asked for.
+        free_tokens: of the longest answer that is not forced."""
         self.runtime = runtime
         self._unrelated, self._scores = unrelated, scores
         self._folder = TemporaryDirectory(prefix="trial-", dir=folder)
         self._stored: dict[tuple[BitPlan, bool], Stored] = {}
-        self._exact = self._cache("exact", prompt, BitPlan.uniform(runtime.shape.layers, _EXACT_BITS, _EXACT_BITS))
+        self._exact = self._cache("exact", prompt, BitPlan.exact(runtime.shape.layers))
         chunks = tuple(self._exact.segment(chunk.tokens) for chunk in prompt.chunks)
         self.prompt = Prompt(self._exact.preamble, chunks, prompt.question)
-        runtime.reserve(2 * len(prompt.tokens) + answer_tokens + _SCRATCH_TOKENS)
+        runtime.reserve(2 * len(prompt.tokens) + max(answer_tokens, free_tokens) + SCRATCH_TOKENS)
         runtime.rewind(0)
-        runtime.execute(plans.compute_all(self.prompt))
+        clock = Clock()
+        with clock.step("context"):
+            runtime.execute(plans.compute_all(self.prompt))
         self._rows = {segment.key: self._row(segment, start) for segment, start in self.prompt.places if segment.tokens}
-        logits = runtime.extend(prompt.question.tokens)
-        self._reference = [_log_softmax(logits)]
-        self.answer = [int(logits.argmax())]
-        while len(self.answer) < answer_tokens:
-            logits = runtime.extend(self.answer[-1:])
-            self._reference.append(_log_softmax(logits))
-            self.answer.append(int(logits.argmax()))
+        with clock.step("question"):
+            first = runtime.extend(prompt.question.tokens)
+        self.full_prefill_ms = sum(clock.steps.values())
+        self._said = _spoken(first, runtime, lambda _: False, max(answer_tokens, free_tokens))
+        self.answer = self._said[:answer_tokens]
+        runtime.rewind(len(prompt.tokens))
+        self._reference = _read(first, runtime, self.answer[:-1])
 
     def measure(self, variant: Variant) -> Divergence:
         """The variant's answer to the question, forced to full prefill's tokens."""
-        return _forced(self._reference, self.answer, *variant.read(self))
+        return self.timed(variant)[0]
+
+    def timed(self, variant: Variant) -> tuple[Divergence, float]:
+        """As measure, and the milliseconds until the scores of the first token."""
+        began = time.perf_counter()
+        first, reader = variant.read(self)
+        ms = 1000 * (time.perf_counter() - began)
+        return between(self._reference, _read(first, reader, self.answer[:-1])), ms
 
     def examine(self, variant: Variant, is_end: Callable[[int], bool], most: int) -> tuple[Divergence, Reply]:
-        """As measure, and the variant's own answer of at most so many tokens. It has to use this trial's runtime."""
-        reply, seen, extend = _replied(lambda: variant.read(self), is_end, most)
-        self.runtime.rewind(len(self.prompt.tokens))
-        return _forced(self._reference, self.answer, seen[0], extend), reply
+        """As measure, and the variant's own answer of at most so many tokens."""
+        reply, first, reader = _replied(lambda: variant.read(self), is_end, most)
+        reader.rewind(len(self.prompt.tokens))
+        return between(self._reference, _read(first, reader, self.answer[:-1])), reply
+
+    @property
+    def exact(self) -> Divergence:
+        """Full prefill's, from itself."""
+        return between(self._reference, self._reference)
+
+    def spoken(self, is_end: Callable[[int], bool], most: int) -> tuple[int, ...]:
+        """Full prefill's own answer of at most so many tokens, free_tokens or less."""
+        return tuple(takewhile(lambda token: not is_end(token), self._said[:most]))
 
     def stored(self, plan: BitPlan, in_place: bool = False) -> Stored:
         """The passages by this plan, as read alone; or in_place, as full prefill has them."""
@@ -240,7 +197,7 @@ class Trial:
             numbers = self._rows if in_place else self._alone
             cache = self._cache(str(len(self._stored)), self.prompt, plan)
             preamble = self.prompt.opening.key
-            exact = BitPlan.uniform(len(plan.k_bits), _EXACT_BITS, _EXACT_BITS)
+            exact = BitPlan.exact(len(plan.k_bits))
             sizes = {
                 key: cache.store.write(key, format.encoded(kv, exact if key == preamble else plan, key))
                 for key, kv in numbers.items()
@@ -316,56 +273,62 @@ def both_ways(
 
     is_end: whether a token ends an answer.  most: tokens of an answer.
     """
-    runtime.reserve(2 * len(prompt.tokens) + most + _SCRATCH_TOKENS)
+    runtime.reserve(2 * len(prompt.tokens) + most + SCRATCH_TOKENS)
     runtime.rewind(0)
     chunks.complete(runtime, prompt, selector.stored_scores)
     runtime.extend(prompt.question.tokens)  # so that neither way pays for bringing the weights to memory
-    exact, reference, _ = _replied(lambda: _stitched(runtime, chunks, prompt, 1.0, selector), is_end, most)
-    ours, seen, extend = _replied(lambda: _stitched(runtime, chunks, prompt, ratio, selector), is_end, most)
-    runtime.rewind(len(prompt.tokens))
-    return Comparison(exact, ours, _forced(map(_log_softmax, reference), exact.tokens, seen[0], extend))
+
+    def by(share: float) -> tuple[Reply, Float32]:
+        reply, first, _ = _replied(lambda: (_stitched(runtime, chunks, prompt, share, selector), runtime), is_end, most)
+        runtime.rewind(len(prompt.tokens))
+        return reply, first
+
+    exact, first = by(1.0)
+    reference = _read(first, runtime, exact.tokens[: most - 1])
+    ours, first = by(ratio)
+    found = _read(first, runtime, exact.tokens[: most - 1])
+    return Comparison(exact, ours, between(reference, found))
 
 
-def _stitched(
-    runtime: Runtime, chunks: ChunkCache, prompt: Prompt, ratio: float, selector: Selector
-) -> tuple[Float32, Extend]:
+def first_token_ms(runtime: Runtime, chunks: ChunkCache, prompt: Prompt, ratio: float, selector: Selector) -> float:
+    """Milliseconds to the scores of a first turn's first token. What is not stored yet is encoded first, untimed."""
+    chunks.complete(runtime, prompt, selector.stored_scores)
+    began = time.perf_counter()
+    _stitched(runtime, chunks, prompt, ratio, selector)
+    return 1000 * (time.perf_counter() - began)
+
+
+def _stitched(runtime: Runtime, chunks: ChunkCache, prompt: Prompt, ratio: float, selector: Selector) -> Float32:
+    """Scores of the first token, with the prompt in the runtime."""
     runtime.rewind(0)
     prefill = Prefill(runtime, chunks, prompt, ratio, Clock())
     scores = prefill.run(selector)
     if prefill.report(0, "end").ratio != ratio:
         raise QuireError("Stored passages could not be read back, so there is nothing to measure.")
-    return scores, runtime.extend
+    return scores
 
 
 def _replied(
-    read: Callable[[], tuple[Float32, Extend]], is_end: Callable[[int], bool], most: int
-) -> tuple[Reply, list[Float32], Extend]:
-    """The answer, the scores behind each of its tokens and of what would have come next, and how to read on."""
+    read: Callable[[], tuple[Float32, Reader]], is_end: Callable[[int], bool], most: int
+) -> tuple[Reply, Float32, Reader]:
+    """The answer, the scores of its first token, and who reads on."""
     began = time.perf_counter()
-    scores, extend = read()
+    first, reader = read()
     first_ms = 1000 * (time.perf_counter() - began)
-    said, seen = list[int](), [scores]
-    while len(said) < most and not is_end(token := int(seen[-1].argmax())):
+    said = _spoken(first, reader, is_end, most)
+    return Reply(said, first_ms, 1000 * (time.perf_counter() - began)), first, reader
+
+
+def _spoken(scores: Float32, reader: Reader, is_end: Callable[[int], bool], most: int) -> tuple[int, ...]:
+    """The likeliest tokens until the end, or as many as are allowed."""
+    said = list[int]()
+    while len(said) < most and not is_end(token := int(scores.argmax())):
         said.append(token)
         if len(said) < most:
-            seen.append(extend((token,)))
-    return Reply(tuple(said), first_ms, 1000 * (time.perf_counter() - began)), seen, extend
+            scores = reader.extend((token,))
+    return tuple(said)
 
 
-def _forced(
-    reference: Iterable[LogProbabilities], answer: Sequence[int], scores: Float32, extend: Extend
-) -> Divergence:
-    """How scores differ from the reference's while reading its answer."""
-    kl, agrees = [], []
-    for place, expected in enumerate(reference):
-        if place:
-            scores = extend(answer[place - 1 : place])
-        found = _log_softmax(scores)
-        kl.append(float(np.sum(np.exp(expected) * (expected - found))))
-        agrees.append(bool(expected.argmax() == found.argmax()))
-    return Divergence(tuple(kl), tuple(agrees))
-
-
-def _log_softmax(logits: Float32) -> LogProbabilities:
-    shifted = logits.astype(np.float64) - float(logits.max())
-    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
+def _read(first: Float32, reader: Reader, answer: Sequence[int]) -> list[LogProbabilities]:
+    """The distributions before, within and after an answer: read in one batch, since batches of other sizes differ."""
+    return [log_softmax(first), *(map(log_softmax, reader.scores(answer)) if answer else ())]

@@ -71,6 +71,12 @@ class Prompt:
         return self.position if self.opening.key else self.starts[1]
 
     @property
+    def intact(self) -> int:
+        """How many of the first chunks stand where they were read, right behind the preamble: their stored KV is full
+        prefill's."""
+        return min(1, len(self.chunks)) if self.opening.key else 0
+
+    @property
     def context_tokens(self) -> int:
         """Tokens before the question, earlier turns included."""
         return self.starts[-1]
@@ -116,6 +122,19 @@ def stitch(prompt: Prompt, recompute: Sequence[Mask]) -> StitchPlan:
     """
     exact = np.zeros(prompt.starts[1] - prompt.stored_start, dtype=bool)
     return StitchPlan(prompt, spans_of(np.concatenate([exact, *recompute]), prompt.stored_start))
+
+
+def leading(read_ms: Sequence[float], compute_ms: Sequence[float]) -> int:
+    """How many passages to compute from the left while those right of them are read, so that both are done soonest.
+
+    read_ms, compute_ms: of every passage. Never all of them: that would be full prefill.
+    """
+    return min(range(len(read_ms)), key=lambda count: max(sum(compute_ms[:count]), sum(read_ms[count:])), default=0)
+
+
+def behind(prompt: Prompt, count: int) -> Prompt:
+    """What is left of a prompt when its opening and its first passages are live."""
+    return Prompt(Segment(()), prompt.chunks[count:], prompt.question, prompt.starts[1 + count])
 
 
 def compute_all(prompt: Prompt) -> StitchPlan:

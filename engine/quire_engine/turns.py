@@ -146,12 +146,12 @@ class Turns:
                 if reader.header.key.hex() != key:
                     return False
                 runtime.place([Placement(key, reader, runtime.live_tokens)])
+                runtime.adopt()
         except MissingChunk:
             return False
         except (DamagedChunk, DamagedPlacements):
             self.store.remove(key)
             return False
-        runtime.adopt()
         return True
 
     def _save(self, runtime: Runtime, key: str, start: int, seconds: float) -> None:

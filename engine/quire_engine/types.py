@@ -72,6 +72,11 @@ class BitPlan:
     def uniform(cls, layers: int, k_bits: int, v_bits: int) -> "BitPlan":
         return cls((k_bits,) * layers, (v_bits,) * layers)
 
+    @classmethod
+    def exact(cls, layers: int) -> "BitPlan":
+        """Float16 as it is."""
+        return cls.uniform(layers, 16, 16)
+
 
 @dataclass(frozen=True)
 class ChunkKV:

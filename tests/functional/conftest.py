@@ -1,11 +1,13 @@
 """Models for whole tests: tiny generated ones of many kinds, made once a session, and the real small one."""
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from command_line import TEXT
 from tiny_gguf import write_tiny_gguf
 
 # Kinds of models whose KV is stitched, by what is special about them.
@@ -34,6 +36,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         return path if path.exists() else KINDS[kind](path)
 
     return model
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp's threads wait for one another on a busy machine."""
+    monkeypatch.setenv("QUIRE_THREADS", "1")
+
+
+@pytest.fixture
+def musique(tmp_path: Path) -> Path:
+    """Three questions over the same three texts, in MuSiQue's format."""
+    texts = [{"text": f"{name} came first. {TEXT * 3}"} for name in ("Ann", "Bob", "Cid")]
+    items = [{"question": f"Who came {n}?", "answers": ["Ann"], "ctxs": texts} for n in ("first", "last", "late")]
+    path = tmp_path / "musique.json"
+    path.write_text(json.dumps(items))
+    return path
 
 
 @pytest.fixture(scope="session")

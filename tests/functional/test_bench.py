@@ -3,12 +3,11 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
-from quire import cli, config
+from command_line import LITTLE, TEXT, json_of, run
+from quire import config
 from quire.bench import cases as bench_cases
 from quire.bench import codec as bench_codec
 from quire.bench import plans as bench_plans
@@ -19,13 +18,7 @@ from quire_engine.types import BitPlan
 from tiny_gguf import write_tiny_gguf
 
 Tiny = Callable[[str], Path]
-TEXT = "The keeper wrote down the weather every morning. In winter the page filled with wind and broken glass. "
-LITTLE = ("--questions", "2", "--passages", "2", "--passage-tokens", "60")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QUIRE_THREADS", "1")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="session")
@@ -34,30 +27,11 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_gguf(tmp_path_factory.mktemp("wide") / "wide.gguf", head_dim=32)
 
 
-@pytest.fixture
-def musique(tmp_path: Path) -> Path:
-    texts = [{"text": f"{name} came first. {TEXT * 3}"} for name in ("Ann", "Bob", "Cid")]
-    items = [{"question": f"Who came {n}?", "answers": ["Ann"], "ctxs": texts} for n in ("first", "last", "late")]
-    path = tmp_path / "musique.json"
-    path.write_text(json.dumps(items))
-    return path
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(cli.main, ["bench", *map(str, words)], prog_name="quire")
-
-
-def json_of(*words: object) -> Any:
-    result = run(*words, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
 # quire bench codec
 
 
 def test_codec_prints_the_rows_that_were_promised(wide: Path, musique: Path) -> None:
-    report = json_of("codec", "--data", musique, "--model", wide, *LITTLE)
+    report = json_of("bench", "codec", "--data", musique, "--model", wide, *LITTLE)
     rows = {row["plan"]: row for row in report["rows"]}
     assert {"fp16", "kvmix", "safe", "default", "compact", "tiny"} < set(rows)
     assert set(rows) == set(bench_plans.ALL) - {"measured-4", "measured-6"}, "nobody measured this model"
@@ -74,7 +48,7 @@ def test_codec_prints_the_rows_that_were_promised(wide: Path, musique: Path) -> 
 
 def test_codec_prints_a_table_and_says_what_it_asked(tiny: Tiny) -> None:
     """The heads of this model are too small for llama.cpp's own types."""
-    result = run("codec", "--model", tiny("llama"), "--plans", "k4v4,q4_0", "--ratio", "0.5", *LITTLE)
+    result = run("bench", "codec", "--model", tiny("llama"), "--plans", "k4v4,q4_0", "--ratio", "0.5", *LITTLE)
     assert result.exit_code == 0, result.output
     assert "those of the sample documents" in result.stderr
     assert "q4_0 is left out" in result.stderr
@@ -110,7 +84,7 @@ def test_codec_reports_on_what_was_done_when_it_is_stopped(tiny: Tiny, musique: 
 
 def test_bytes_says_where_every_bit_goes(tiny: Tiny, musique: Path) -> None:
     plans = "fp16,k8v8,k2v2,kivi"
-    report = json_of("bytes", "--data", musique, "--model", tiny("llama"), "--plans", plans, "--runs", "2")
+    report = json_of("bench", "bytes", "--data", musique, "--model", tiny("llama"), "--plans", plans, "--runs", "2")
     rows = {(row["plan"], row["tokens"]): row for row in report["rows"]}
     assert set(rows) == {(plan, tokens) for plan in plans.split(",") for tokens in (64, 180, 402)}, "of 2,048 in all"
     for row in rows.values():
@@ -131,7 +105,7 @@ def test_bytes_says_where_every_bit_goes(tiny: Tiny, musique: Path) -> None:
 
 
 def test_bytes_prints_three_tables(tiny: Tiny) -> None:
-    result = run("bytes", "--model", tiny("small"), "--plans", "k3v2", "--runs", "1")
+    result = run("bench", "bytes", "--model", tiny("small"), "--plans", "k3v2", "--runs", "1")
     assert result.exit_code == 0, result.output
     assert result.stdout.count("\n\n") == 2
     assert "k3v2" in result.stdout
@@ -146,18 +120,20 @@ def test_mistakes_are_explained(tiny: Tiny, tmp_path: Path, command: str) -> Non
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "other.json").write_text('[{"question": "Why?"}]')
     for name in ("nowhere.json", "prose.json", "empty.json", "other.json"):
-        result = run(command, "--model", tiny("llama"), "--data", tmp_path / name)
+        result = run("bench", command, "--model", tiny("llama"), "--data", tmp_path / name)
         assert result.exit_code == 1
         assert f"{name} is not a question file" in result.stderr
         assert "MuSiQue" in result.stderr
-    result = run(command, "--model", tiny("llama"), "--plans", "compakt")
+    result = run("bench", command, "--model", tiny("llama"), "--plans", "compakt")
     assert result.exit_code == 1
     assert "There is no plan 'compakt'" in result.stderr
     assert "Did you mean compact?" in result.stderr
 
 
 def test_too_many_passages_for_the_model_are_explained(tiny: Tiny, musique: Path) -> None:
-    result = run("codec", "--model", tiny("small"), "--data", musique, "--passages", "9", "--passage-tokens", "500")
+    result = run(
+        "bench", "codec", "--model", tiny("small"), "--data", musique, "--passages", "9", "--passage-tokens", "500"
+    )
     assert result.exit_code == 1
     assert "--passage-tokens" in result.stderr
 

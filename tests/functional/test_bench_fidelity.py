@@ -1,49 +1,24 @@
-"""`quire bench fidelity` and `quire compare` as people use them, on tiny models."""
+"""`quire bench fidelity`, `quire bench matched` and `quire compare` as people use them, on tiny models."""
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
-from quire import cli, config, paths
+from command_line import LITTLE, TEXT, json_of, run
+from quire import config, paths
 from quire.bench import cases as bench_cases
 from quire.bench import fidelity as bench_fidelity
-from quire.bench.fidelity import FidelityReport, Way
+from quire.bench import matched as bench_matched
+from quire.bench.fidelity import FidelityReport, Wanted, Way
 from quire.session import Session
 from quire.terminal import printable
 from quire_engine.errors import QuireError
+from quire_engine.selection.quality import Curve
 
 Tiny = Callable[[str], Path]
-TEXT = "The keeper wrote down the weather every morning. In winter the page filled with wind and broken glass. "
-LITTLE = ("--questions", "2", "--passages", "2", "--passage-tokens", "60")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QUIRE_THREADS", "1")
-
-
-@pytest.fixture
-def musique(tmp_path: Path) -> Path:
-    texts = [{"text": f"{name} came first. {TEXT * 2}"} for name in ("Ann", "Bob", "Cid")]
-    items = [{"question": f"Who came {n}?", "answers": ["Ann"], "ctxs": texts} for n in ("first", "last", "late")]
-    path = tmp_path / "musique.json"
-    path.write_text(json.dumps(items))
-    return path
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(cli.main, [*map(str, words)], prog_name="quire")
-
-
-def json_of(*words: object) -> Any:
-    result = run(*words, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # quire bench fidelity
@@ -52,10 +27,10 @@ def json_of(*words: object) -> Any:
 def test_rows_are_those_that_were_promised(tiny: Tiny, musique: Path) -> None:
     selectors = "default,spectral:.3,highpass,value-deviation,sensitivity"
     words = ("bench", "fidelity", "--data", musique, "--model", tiny("llama"), *LITTLE, "--ratio", ".2,.6")
-    report = json_of(*words, "--selector", selectors, "--plan", "fp16,k2v2")
+    report = json_of(*words, "--selector", selectors, "--plan", "fp16,k2v2", "--baseline", "spectral:.3")
     rows = {(row["selector"], row["ratio"], row["plan"]): row for row in report["rows"]}
     assert set(rows) == {(s, r, p) for s in selectors.split(",") for r in (0.2, 0.6) for p in ("fp16", "k2v2")}
-    assert report["rules"]["default"] == "3*first+probe"
+    assert report["rules"]["default"] == "first+3*probe*early"
     assert report["rules"]["spectral:.3"] == "spectral:0.3"
     for row in (report["exact"], report["floor"], *rows.values()):
         assert row["questions"] == report["questions"] == 2
@@ -68,13 +43,19 @@ def test_rows_are_those_that_were_promised(tiny: Tiny, musique: Path) -> None:
     assert max(report["exact"]["kl"], report["floor"]["kl"]) < 1e-3
     assert min(row["kl"] for row in rows.values()) > report["floor"]["kl"]
     assert rows["default", 0.6, "fp16"]["kl"] < rows["default", 0.2, "k2v2"]["kl"]
-    assert not list((paths.cache_dir() / "bench").iterdir()), "a finished run leaves nothing"
+    for (selector, ratio, plan), row in rows.items():
+        assert row["vs_baseline"] == pytest.approx(row["kl"] / rows["spectral:.3", ratio, plan]["kl"])
+        assert row["vs_baseline_interval"][0] <= row["vs_baseline"] <= row["vs_baseline_interval"][1]
+        if selector == "spectral:.3":
+            assert row["vs_baseline_interval"] == pytest.approx([1, 1])
+    assert report["exact"]["vs_baseline"] is report["floor"]["vs_baseline"] is None
+    assert report["exact"]["contains_vs_exact"] in {1, None}, "of nothing there is no share"
 
 
 def test_a_table_and_a_picture(tiny: Tiny, tmp_path: Path) -> None:
     picture = tmp_path / "quality.png"
     words = ("--model", tiny("llama"), *LITTLE, "--selector", "first,random", "--ratio", "0.1,0.5")
-    result = run("bench", "fidelity", *words, "--picture", picture)
+    result = run("bench", "fidelity", *words, "--baseline", "random", "--picture", picture)
     assert result.exit_code == 0, result.output
     assert "those of the sample documents" in result.stderr
     lines = result.stdout.splitlines()
@@ -83,39 +64,113 @@ def test_a_table_and_a_picture(tiny: Tiny, tmp_path: Path) -> None:
         ["floor", "1"],
         *([name, ratio] for name in ("first", "random") for ratio in ("0.1", "0.5")),
     ]
+    assert "of random's" in lines[-7]
     assert max(map(len, lines)) < 160
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_stopped_run_reports_what_was_done_and_goes_on(tiny: Tiny, musique: Path) -> None:
+def test_what_was_measured_is_kept_pair_by_pair(tiny: Tiny, musique: Path) -> None:
+    """Of three questions by three ways or more: full prefill, its floor, and the selectors."""
     said: list[str] = []
 
-    def report(model: str, stop_after: int) -> FidelityReport:
+    def report(selectors: str, stop_after: int = 999, answers: bool = True, model: str = "llama") -> FidelityReport:
+        counted: list[int] = []
+        ways = tuple(Way(selector, 0.3, "fp16") for selector in selectors.split(","))
+        said.clear()
         with Session(config.load({"model": str(tiny(model))})) as session:
             return bench_fidelity.measure(
                 session,
                 lambda engine: bench_cases.from_file(musique, 3, 2, bench_cases.cut_to(engine, 40)),
-                [Way("first", 0.3, "fp16")],
+                Wanted(ways, answers=answers),
                 said.append,
-                lambda: len(said) >= stop_after,
+                lambda done, of_all: counted.append(done),
+                lambda: len(counted) >= stop_after,
             )
 
+    def records() -> int:
+        return sum(kept.read_text().count('"way"') for kept in (paths.cache_dir() / "bench").iterdir())
+
     with pytest.raises(QuireError, match="before the first question"):
-        report("llama", stop_after=1)
-    said.clear()
-    stopped = report("llama", stop_after=3)
-    assert (stopped.questions, len(said)) == (1, 3)
+        report("first", stop_after=2)
+    assert records() == 1
+    assert report("first", stop_after=5).questions == 1
+    assert records() == 4
     (kept,) = (paths.cache_dir() / "bench").iterdir()
-    kept.write_text(kept.read_text() + '{"question": "cut sho')
-    said.clear()
-    whole = report("llama", stop_after=99)
-    assert str(kept) in said[0]
-    assert len(said) == 1 + 2 * 3, "two questions, three ways each"
-    assert whole.questions == 3
-    assert not kept.exists()
-    said.clear()
-    assert report("head8", stop_after=99).questions == 3
-    assert len(said) == 3 * 3
+    kept.write_text(kept.read_text() + '\n{"question": "cut sho')
+    whole = report("first")
+    assert (whole.questions, records()) == (3, 9)
+    assert "4 of 9" in said[0]
+    assert report("first") == whole
+    more = report("first,random")
+    assert (more.rows[0], records()) == (whole.rows[0], 12), "only the new selector is measured"
+    assert report("first", answers=False).rows[0].kl == whole.rows[0].kl
+    assert records() == 12, "answers that are there are not needed, but do"
+    assert report("3*first+probe", answers=False).rows[0].contains is None
+    assert report("default", answers=True).rows[0].contains is not None
+    assert records() == 12 + 3 + 3, "under another name the same; answers are another measurement"
+    assert report("first", model="head8").questions == 3
+    assert records() == 18 + 9
+
+
+def test_measuring_anew_forgets(tiny: Tiny, musique: Path) -> None:
+    asked = ("--data", musique, "--model", tiny("llama"), *LITTLE, "--selector", "first", "--ratio", "0.3")
+    words = ("bench", "fidelity", *asked, "--baseline", "none", "--no-answers")
+    first = json_of(*words)
+    assert json_of(*words) == first
+    again = json_of(*words, "--anew")
+    assert again["rows"][0]["kl"] == first["rows"][0]["kl"]
+    assert again["rows"][0]["first_token_ms"] != first["rows"][0]["first_token_ms"]
+    assert again["answer_tokens"] == 0
+    assert again["rows"][0]["contains"] is again["rows"][0]["like_exact"] is again["rows"][0]["vs_baseline"] is None
+
+
+def test_a_folder_of_documents_is_asked_about_its_headings(tiny: Tiny, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "tea.md").write_text(f"# Tea\n\n## Green\n\n{TEXT * 4}\n\n## Black\n\n{TEXT * 4}\n")
+    words = ("bench", "fidelity", "--model", tiny("llama"), *LITTLE, "--selector", "first", "--ratio", "0.3")
+    report = json_of(*words, "--data", notes)
+    assert report["questions"] == 2
+    assert report["rows"][0]["contains"] is None, "nobody knows the answers"
+    assert json_of("status", "--model", tiny("llama"))["documents"] == 0, "the library is left alone"
+    (tmp_path / "empty").mkdir()
+    nothing = run(*words, "--data", tmp_path / "empty")
+    assert nothing.exit_code == 1
+    assert "can be read" in nothing.stderr
+
+
+# quire bench matched
+
+
+def test_every_selector_is_timed_at_the_ratio_that_it_needs(tiny: Tiny, musique: Path) -> None:
+    asked = ("--data", musique, "--model", tiny("llama"), *LITTLE, "--selectors", "first,spectral", "--runs", "2")
+    words = ("bench", "matched", *asked, "--ratio", ".1,.5")
+    report = json_of(*words, "--kl", "99", "--tokens", "20,120")
+    assert [(row["selector"], row["ratio"]) for row in report["rows"]] == 2 * [
+        ("full prefill", 1.0),
+        ("first", 0.1),
+        ("spectral", 0.1),
+    ]
+    short, long = report["rows"][0], report["rows"][3]
+    assert short["context_tokens"] < long["context_tokens"]
+    for row in report["rows"]:
+        assert 0 < row["lowest_ms"] <= row["median_ms"] <= row["highest_ms"]
+        assert row["runs"] == 2
+    assert {name: [ratio for ratio, _ in curve] for name, curve in report["curves"].items()} == {
+        "first": [0.1, 0.5],
+        "spectral": [0.1, 0.5],
+    }
+    never = run(*words, "--kl", "1e-9", "--tokens", "60")
+    assert never.exit_code == 0, never.output
+    assert never.stdout.count("does not reach it: full prefill") == 2
+
+
+@pytest.mark.parametrize(
+    ("kl", "ratio"),
+    [(0.3, 0.1), (0.2, 0.1), (0.15, 0.3), (0.1, 0.5), (0.05, 1.0)],
+)
+def test_the_least_ratio_is_read_off_the_curve(kl: float, ratio: float) -> None:
+    assert bench_matched.least(Curve("first", ((0.5, 0.1), (0.1, 0.2)), 1), kl) == pytest.approx(ratio)
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def test_a_second_process_answers_from_stored_kv(answer: Any) -> None:
     tokens = answer["tokens"]
     assert tokens["reused"] + tokens["recomputed"] == tokens["context"]
     assert tokens["generated"] == 12
-    assert (answer["dial"], answer["selector"], answer["runtime"]) == ("balanced", "3*first+probe", "llama.cpp")
+    assert (answer["dial"], answer["selector"], answer["runtime"]) == ("balanced", "first+3*probe*early", "llama.cpp")
 
 
 def test_the_names_of_an_answer_as_json(answer: Any) -> None:
@@ -226,7 +226,7 @@ def test_the_names_of_an_answer_as_json(answer: Any) -> None:
     assert set(answer) == promised | {"predicted", "reason", "ending"}
     assert set(answer["timings"]) == promised_ms | {"encode_ms", "question_ms", "resume_ms"}
     assert set(answer["tokens"]) == {"context", "kept", "reused", "recomputed", "fresh", "generated"}
-    assert [set(source) for source in answer["sources"]] == [{"path", "start_line", "end_line", "score"}]
+    assert [set(source) for source in answer["sources"]] == [{"path", "start_line", "end_line", "place", "score"}]
     assert set(answer["predicted"]) == {"first_token_ms", "full_prefill_ms"}
     numbers = [*answer["timings"].values(), *answer["tokens"].values(), *answer["predicted"].values(), answer["ratio"]]
     assert all(isinstance(number, int | float) and number >= 0 for number in numbers)

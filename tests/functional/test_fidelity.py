@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from quire_engine import fidelity
+from quire_engine import divergence, fidelity
 from quire_engine.chunks import ChunkCache
+from quire_engine.divergence import Divergence
 from quire_engine.engine import Engine, EngineSettings, Request
 from quire_engine.errors import DamagedChunk, QuireError
-from quire_engine.fidelity import Divergence, InPlace, Prefilled, Reused, Trial, Variant, compare
+from quire_engine.fidelity import InPlace, Prefilled, Reused, Trial, Variant, compare
 from quire_engine.kv.store import KVStore
 from quire_engine.plan import Prompt
 from quire_engine.prompt import Wording
@@ -53,10 +54,37 @@ def test_exact_numbers_and_other_batches_stay_at_the_floor(tiny: Tiny, tmp_path:
         floor = trial.measure(Prefilled(engine.runtime, 32))
         exact = trial.measure(InPlace(uniform(engine, 16)))
         again = trial.measure(Reused(uniform(engine, 16), 1.0))
-    for divergence in (floor, exact, again):
-        assert len(divergence.kl) == fidelity.ANSWER_TOKENS
-        assert max(divergence.kl) < 1e-3
-        assert min(divergence.kl) > -1e-9
+    for found in (floor, exact, again):
+        assert len(found.kl) == fidelity.ANSWER_TOKENS
+        assert max(found.kl) < 1e-3
+        assert min(found.kl) > -1e-9
+
+
+def test_scores_in_one_batch_are_those_of_single_tokens(engine: Engine, prompt: Prompt) -> None:
+    runtime, tokens = engine.runtime, prompt.tokens[40:50]
+    runtime.extend(prompt.tokens[:40])
+    together = runtime.scores(tokens)
+    assert runtime.live_tokens == 50
+    runtime.rewind(40)
+    for token, scores in zip(tokens, together, strict=True):
+        assert runtime.extend((token,)) == pytest.approx(scores, abs=1e-3)
+
+
+def test_an_answer_that_is_forced_is_timed_and_full_prefills_own_is_there(
+    engine: Engine, prompt: Prompt, tmp_path: Path
+) -> None:
+    with Trial(engine.runtime, prompt, tmp_path, free_tokens=24) as trial:
+        own = trial.spoken(engine.vocabulary.is_end, 24)
+        forced, ms = trial.timed(Reused(uniform(engine, 8), 0.3))
+        again, reply = trial.examine(Reused(uniform(engine, 8), 0.3), engine.vocabulary.is_end, 24)
+        _, exact = trial.examine(Prefilled(engine.runtime), engine.vocabulary.is_end, 24)
+    assert ms > 0
+    assert trial.full_prefill_ms > 0
+    assert again.kl == pytest.approx(forced.kl, abs=1e-3)
+    assert exact.tokens == own
+    assert list(own[: fidelity.ANSWER_TOKENS]) == list(trial.answer[: len(own)])
+    assert len(reply.tokens) <= 24
+    assert set(trial.exact.kl) == {0}
 
 
 def test_fewer_bits_lose_more(engine: Engine, prompt: Prompt, tmp_path: Path) -> None:
@@ -131,7 +159,7 @@ def test_a_real_model_loses_nothing_to_float16_and_more_to_fewer_bits(smollm: Pa
     found: list[Mapping[str, Divergence]] = []
     variants = {str(bits): InPlace(uniform(engine, bits)) for bits in (16, 4, 2)}
     compare(engine.runtime, prompts, variants, tmp_path, lambda _, kl: found.append(kl), lambda: False)
-    exact, four, two = (fidelity.fidelity([kl[name] for kl in found]).kl for name in variants)
+    exact, four, two = (divergence.fidelity([kl[name] for kl in found]).kl for name in variants)
     assert exact <= four <= two
     assert exact < 0.01, "llama.cpp's own noise"
     assert two > 0.01

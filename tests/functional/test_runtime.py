@@ -72,7 +72,7 @@ def prompt_of(preamble: int = 11, chunks: Sequence[int] = (60, 45), question: in
 def stored(runtime: LlamaCppRuntime, guard: Sequence[int], tokens: Sequence[int]) -> ChunkReader:
     """A chunk's KV behind a guard, stored without loss."""
     k_pre, v = runtime.encode(guard, tokens)
-    exact = BitPlan.uniform(runtime.shape.layers, 16, 16)
+    exact = BitPlan.exact(runtime.shape.layers)
     packed = codec.encode(ChunkKV(k_pre, v, {}), exact, codec.text_order(len(tokens)))
     return ChunkReader(MemorySource(to_bytes(packed, bytes(32))))
 

@@ -24,6 +24,7 @@ from driving import on_a_screen, until
 from quire import config, history, model_files, models
 from quire.conversation import Kept, open_history
 from quire.history import ROOT, Source
+from quire.keeper import Edit
 from quire.library import Hit
 from quire.models import Model, Price
 from quire.session import Estimate, Found, Session
@@ -33,7 +34,7 @@ from quire.tui.app import QuireApp
 from quire.tui.confirm import Confirm
 from quire.tui.conversations import ConversationList
 from quire.tui.library import LibraryScreen
-from quire.tui.messages import Edit, Failed, Priced, Row, State, Told, Weighed
+from quire.tui.messages import Failed, Priced, Row, State, Told, Weighed
 from quire.tui.models import ModelsScreen
 from quire.tui.settings import SettingsScreen
 from quire.tui.sources import Preview, Sources

@@ -135,7 +135,7 @@ GUARD, CHUNK, QUESTION = some_tokens(11, 1), some_tokens(80, 2), some_tokens(9, 
 def stored(rows: tuple[Float16, Float16]) -> ChunkReader:
     """Written as a chunk is, without loss."""
     k_pre, v = rows
-    exact = BitPlan.uniform(len(k_pre), 16, 16)
+    exact = BitPlan.exact(len(k_pre))
     packed = codec.encode(ChunkKV(k_pre, v, {}), exact, codec.text_order(k_pre.shape[1]))
     return ChunkReader(MemorySource(to_bytes(packed, bytes(32))))
 

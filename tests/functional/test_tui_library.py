@@ -198,7 +198,7 @@ async def test_the_screen_shows_the_state_of_every_file(open_app: Open, size: tu
         await here.until(lambda: "plan.md" in here.text)
         assert here.letters("report.md") == ["C"]
         assert here.letters("scan.pdf") == ["S"]
-        assert "skipped: not supported yet: .pdf" in here.text
+        assert "skipped: damaged, or not a PDF" in here.text
         state = here.app.chat.state
         passages = sum(row.passages for row in state.rows)
         assert f"All {passages} passages are cached." in here.text
@@ -207,7 +207,7 @@ async def test_the_screen_shows_the_state_of_every_file(open_app: Open, size: tu
         assert "KV on disk: " in here.text
         assert " of 20.0 GB · written: " in here.text
         await here.select("scan.pdf")
-        assert "Save it as text or Markdown to use it now." in here.text
+        assert "Open it in a viewer and print it to a new PDF." in here.text
         await here.select("work")
         await here.pilot.press("enter")
         await here.until(lambda: "▸ work/" in here.text)

@@ -39,7 +39,7 @@ def test_the_answer_is_unharmed(smollm: Path) -> None:
         return tokens, torch.stack(found)
 
     layers = model.shape.layers
-    reference, exact = answered(BitPlan.uniform(layers, 16, 16), Window(1000))
+    reference, exact = answered(BitPlan.exact(layers), Window(1000))
     tokens, scores = answered(BitPlan.uniform(layers, 6, 4), Window(128), reference)
     assert tokens == reference
     assert float((exact.exp() * (exact - scores)).sum(-1).mean()) < FLOOR
@@ -51,7 +51,7 @@ def test_live_kv_is_a_past_like_any_other(tmp_path_factory: pytest.TempPathFacto
     """Unpacked, decoding through it gives what reading at once gives."""
     model = Transformer.load(write_tiny_gguf(tmp_path_factory.mktemp("models") / "tiny.gguf", "qwen2"))
     tokens = np.random.default_rng(5).integers(5, 300, 150).tolist()
-    live = LiveKV(model.shape, BitPlan.uniform(2, 16, 16), Window(16))
+    live = LiveKV(model.shape, BitPlan.exact(2), Window(16))
     scores = [model.extend([token], live) for token in tokens]
     with torch.no_grad():
         expected = model.logits(model.read(tokens).hidden[0]).numpy()

@@ -36,7 +36,7 @@ NUMBERS = 2 * TOKENS * LAYERS * HEADS * DIM
 def chunk_bytes(key: str, fill: float = 1.0, tokens: int = TOKENS) -> bytes:
     """A chunk whose every number is `fill`."""
     numbers = np.full((LAYERS, tokens, HEADS, DIM), fill, np.float16)
-    plan = BitPlan.uniform(LAYERS, 16, 16)
+    plan = BitPlan.exact(LAYERS)
     return to_bytes(codec.encode(ChunkKV(numbers, numbers, {}), plan, codec.text_order(tokens)), bytes.fromhex(key))
 
 

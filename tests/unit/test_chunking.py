@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire import chunking
-from quire.chunking import Markup, split
+from quire.chunking import split
+from quire.outline import Markup
 
 WAR_AND_PEACE = Path(__file__).parents[3] / "shared" / "data" / "text" / "war-and-peace.txt"
 
@@ -32,6 +33,12 @@ LINES = st.sampled_from(
 )  # fmt: skip
 TEXTS = st.lists(LINES | st.text(max_size=60), max_size=40).map("\n".join)
 MARKUPS = st.sampled_from(["markdown", "rst", "plain"])
+TABLES = st.lists(
+    st.sampled_from(
+        ["| a | b |", "| --- | --- |", "x | " + "word " * 30, "|", "1,2", '"a', 'b"', "# One", "", "z" * 90]
+    ),
+    max_size=40,
+).map("\n".join)
 
 
 @settings(max_examples=150, deadline=None)
@@ -52,6 +59,23 @@ def test_limits_coverage_and_line_numbers(text: str, max_tokens: int, markup: Ma
         assert lines[passage.end_line - 1].strip()
         assert not passage.text.startswith("\n")
         assert passage.text == passage.text.rstrip()
+
+
+@settings(max_examples=150, deadline=None)
+@given(TABLES, st.integers(1, 80), st.sampled_from(["markdown", "csv"]), st.sampled_from([len, quarter, words]))
+def test_limits_and_lines_hold_in_tables(text: str, max_tokens: int, markup: Markup, count: object) -> None:
+    assert callable(count)
+    passages = split(text, count, max_tokens, markup=markup)
+    assert all(passage.tokens == count(passage.text) <= max_tokens for passage in passages)
+    lines = text.split("\n")
+    found = 0
+    for passage in passages:
+        own = "\n".join(lines[passage.start_line - 1 : passage.end_line])
+        body = passage.text if passage.text in own else passage.text[passage.text.index("\n") + 1 :]
+        body = body if body in own else body[body.index("\n") + 1 :]
+        assert body in own
+        found += len("".join(body.split()))
+    assert found == len("".join(text.split()))
 
 
 @given(TEXTS, MARKUPS)
@@ -125,6 +149,82 @@ def test_rst_headings_rank_by_first_appearance() -> None:
 def test_comments_in_source_code_are_no_headings() -> None:
     [passage] = split("# comment\nx = 1\n", words, 99, markup="plain")
     assert passage.heading == ""
+
+
+def _table(rows: int, first: int = 0) -> str:
+    body = "\n".join(f"| kind {i} | {i} minutes |" for i in range(first, first + rows))
+    return f"| tea | time |\n| --- | --- |\n{body}"
+
+
+def test_a_chunk_inside_a_table_repeats_its_header() -> None:
+    passages = split(f"# Teas\n\n{_table(60)}\n\nAfter it.", quarter, 64)
+    assert len(passages) > 5
+    for passage in passages[:-1]:
+        assert "| tea | time |\n| --- | --- |\n| kind" in passage.text
+        assert passage.tokens == quarter(passage.text) <= 64
+    shown = [line for passage in passages for line in passage.text.split("\n") if line.startswith("| kind")]
+    assert shown == _table(60).split("\n")[2:], "every row once, in order"
+    assert [p.start_line for p in passages[1:]] == [p.end_line + 1 for p in passages[:-1]][: len(passages) - 1]
+
+
+def test_a_new_row_in_a_table_leaves_the_other_chunks_alone() -> None:
+    before = texts(_table(400), 60)
+    after = _table(400).replace("| kind 200 |", "| new | 1 |\n| kind 200 |")
+    assert len(set(before) - set(texts(after, 60))) <= 2
+
+
+def test_a_header_that_would_fill_the_chunk_is_not_repeated() -> None:
+    header = "| " + " | ".join(f"a long name of column {i}" for i in range(20)) + " |"
+    table = "\n".join([header, "|" + " --- |" * 20, *(f"| {i} |" + " x |" * 19 for i in range(50))])
+    assert sum(header in text for text in texts(table, 200)) == 1
+
+
+def test_a_line_under_a_pipe_is_no_table_and_neither_is_code() -> None:
+    code = "```\na | b\n--- | ---\n" + "1 | 2\n" * 60 + "```"
+    assert sum("a | b" in text for text in texts(code, 40)) == 1
+    heading = "a | b\n-----\n" + "word | word\n" * 60
+    assert sum("a | b" in text for text in texts(heading, 40)) == 1
+
+
+def test_rows_of_csv_repeat_the_first_line() -> None:
+    data = "tea,time\n" + "\n".join(f"kind {i},{i} minutes" for i in range(100))
+    passages = split(data, words, 20, markup="csv")
+    assert len(passages) > 10
+    assert all(passage.text.startswith("tea,time\nkind") for passage in passages)
+    assert all(passage.tokens <= 20 for passage in passages)
+    lines = data.split("\n")
+    assert passages[3].text.split("\n")[1] == lines[passages[3].start_line - 1]
+
+
+def test_a_record_of_csv_over_several_lines_stays_whole() -> None:
+    records = [f'tea {i},"first line of {i}\nsecond line\nthird line of {i}"' for i in range(40)]
+    for text in texts("name,note\n" + "\n".join(records), 40, "csv"):
+        assert text.count('"') % 2 == 0
+    stray = 'a,b\n1,"never closed\n' + "\n".join(f"{i},x" for i in range(60))
+    assert all(text.startswith("a,b\n") for text in texts(stray, 12, "csv"))
+
+
+LICENCE = """# Copyright 2026 the authors
+# Licensed under the terms that follow, which say in many words that you may use, copy, change and pass on all of
+# this, as long as these words stay with it, and that nobody answers for anything that comes of it in any way.
+"""
+
+
+@pytest.mark.parametrize("style", ["#", "//", "/*"])
+def test_the_licence_of_a_source_file_is_one_chunk_everywhere(style: str) -> None:
+    licence = LICENCE.replace("#", "//") if style == "//" else LICENCE
+    if style == "/*":
+        licence = "/*\n" + LICENCE.replace("# ", "").replace("follow, ", "follow,\n\n") + "*/\n"
+    first = split(licence + "\nimport a\n\na.run()\n", words, 200, markup="plain")
+    second = split(licence + "\nimport b\n\nb.walk()\n", words, 200, markup="plain")
+    assert [len(first), len(second)] == [2, 2]
+    assert first[0].chunk_id == second[0].chunk_id
+    assert first[1].chunk_id != second[1].chunk_id
+
+
+def test_a_short_licence_and_other_comments_stay_with_the_code() -> None:
+    assert len(texts("# SPDX-License-Identifier: MIT\n\nimport a\n", 200, "plain")) == 1
+    assert len(texts("# " + "words of an author " * 20 + "\n\nimport a\n", 200, "plain")) == 1
 
 
 def test_a_long_line_is_cut_at_sentence_ends() -> None:

@@ -161,7 +161,7 @@ def test_rows_by_score_are_placed_in_text_order() -> None:
     order = codec.score_order(kv.scores["spectral"], 4)
     assert order[:4].tolist() == [0, 1, 2, 3]
     assert (np.diff(kv.scores["spectral"][order[4:]]) <= 0).all()
-    packed = codec.encode(kv, BitPlan.uniform(2, 16, 16), order)
+    packed = codec.encode(kv, BitPlan.exact(2), order)
     np.testing.assert_array_equal(packed.layers[0].k, kv.k_pre[0].reshape(90, -1)[order[4:]])
     for ours, straight in zip(place(packed, 50, "adjacent"), place(encode(kv, 16, 16), 50, "adjacent"), strict=True):
         np.testing.assert_array_equal(ours, straight)

@@ -1,14 +1,16 @@
 """Costs: rates out of two measurements, predictions out of rates, corrections out of surprises."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from quire_engine import costs
-from quire_engine.costs import Costs
+from quire_engine.costs import Costs, Rate, Spans
 
-RATES = Costs(compute_ms=2.0, attention_ms=0.5, load_ms=0.01)
+PREFILL, QUESTION, SPANS = Rate(2.0, 0.5), Rate(3.0, 4.0), Rate(2.5, 1.0)
+RATES = Costs(PREFILL, QUESTION, SPANS, 0.75, 0.1, {"memory": 0.01, "disk": 0.2}, tile_tokens=64)
 
 
 def test_full_prefill_pays_attention_to_half_of_itself_on_average() -> None:
@@ -16,36 +18,65 @@ def test_full_prefill_pays_attention_to_half_of_itself_on_average() -> None:
 
 
 def test_every_step_of_a_stitched_answer() -> None:
-    steps = RATES.stitched(context=1000, question=100, ratio=0.2, missing=[100, 300], guard=50, probe=True)
-    behind = 100 * (2.0 + 0.5 * 1.05)
+    steps = RATES.stitched({"memory": 800, "disk": 200}, 50, Spans(200, 0.75), probe=True, compared=0.1, before=1000)
+    asked = 50 * (3.0 + 4.0 * 2.025)
     assert steps == pytest.approx(
         {
-            "encode": 100 * (2.0 + 0.5 * 0.1) + 300 * (2.0 + 0.5 * 0.2),
-            "load": 10.0,
-            "probe": behind,
-            "recompute": 0.2 * 1000 * (2.0 + 0.5 * 0.5),
-            "question": behind,
+            "load/memory": 8.0,
+            "load/disk": 40.0,
+            "probe": 0.75 * asked,
+            "probe/values": 0.1 * 1000 * (2.0 + 0.5 * 0.5),
+            "recompute": 200 * (2.5 + 1.0 * 1.75) + 0.1 * 1000,
+            "question": asked,
         }
     )
+    assert RATES.encode([100, 300], 50) == pytest.approx({"encode": 100 * (2 + 0.5 * 0.1) + 300 * (2 + 0.5 * 0.2)})
+    assert RATES.resumed(500, 100, 20) == pytest.approx({"resume": 600 * 0.2 + 20 * (2.5 + 1.0 * 0.51)})
+
+
+def test_a_long_question_is_read_like_a_passage() -> None:
+    few, many = (RATES.stitched({}, tokens, Spans(0), probe=False)["question"] for tokens in (63, 64))
+    assert (few, many) == pytest.approx((QUESTION.of(63, 0), PREFILL.of(64, 0)))
 
 
 def test_nothing_is_paid_for_what_is_not_done() -> None:
-    steps = RATES.stitched(context=1000, question=100, ratio=0.0, missing=[], guard=50, probe=False)
-    assert (steps["encode"], steps["probe"], steps["recompute"]) == (0, 0, 0)
+    steps = RATES.stitched({"disk": 1000}, 100, Spans(0), probe=False)
+    assert (steps["probe"], steps["probe/values"], steps["recompute"]) == (0, 0, 0)
+    assert RATES.encode([], 50) == {"encode": 0}
+
+
+def test_a_pool_that_nobody_measured_is_taken_for_a_disk() -> None:
+    assert RATES.load_of("tape") == RATES.load_of("disk") == 0.2
 
 
 def test_rates_come_back_out_of_what_they_predict() -> None:
-    short, long = (RATES.stitched(context, 64, 0, [], 0, False)["question"] for context in (128, 1536))
-    known = costs.from_measurements((64, 128, short), (64, 1536, long), 0.01)
-    assert (known.compute_ms, known.attention_ms, known.load_ms) == pytest.approx((2.0, 0.5, 0.01))
+    points = [(32, position, QUESTION.at(32, position)) for position in (200.0, 1500.0)]
+    known = costs.rate(points[0], points[1])
+    assert (known.compute_ms, known.attention_ms) == pytest.approx((3.0, 4.0))
 
 
 def test_noisy_measurements_give_no_negative_rates() -> None:
-    faster_when_long = costs.from_measurements((64, 128, 100.0), (64, 1536, 50.0), 0.01)
-    assert faster_when_long.attention_ms == 0
-    assert faster_when_long.compute_ms == pytest.approx(100 / 64)
-    steep = costs.from_measurements((64, 128, 1.0), (64, 1536, 900.0), 0.01)
-    assert steep.compute_ms > 0
+    assert costs.rate((64, 128, 100.0), (64, 1536, 50.0)) == Rate(100 / 64, 0.0)
+    assert costs.rate((64, 128, 1.0), (64, 1536, 900.0)).compute_ms > 0
+    assert costs.rate((64, 128, 64.0), (64, 128, 64.0)) == Rate(1.0, 0.0)
+
+
+def test_transfer_is_told_in_units_of_computing_and_learns_with_it() -> None:
+    compute = 1000 * (2.5 + 0.5) + 100
+    assert RATES.transfers(1000) == pytest.approx({"memory": 10 / compute, "disk": 200 / compute})
+    expected = RATES.stitched({"disk": 1000}, 50, Spans(100), probe=False)
+    known = RATES.learn(expected, {"load": 4 * expected["load/disk"], "recompute": expected["recompute"]})
+    assert known.transfers(1000)["disk"] > 1.5 * RATES.transfers(1000)["disk"]
+    assert known.transfers(1000)["memory"] < RATES.transfers(1000)["disk"]
+    slow = RATES.learn(expected, {"load": 3 * expected["load/disk"], "recompute": 3 * expected["recompute"]})
+    assert slow.transfers(1000) == pytest.approx(RATES.transfers(1000)), "a busy machine is slow at both"
+
+
+def test_what_a_step_took_is_divided_among_its_parts() -> None:
+    expected = RATES.stitched({"memory": 1000, "disk": 10}, 0, Spans(0), probe=False)
+    known = RATES.learn(expected | {"question": 100.0}, {"load": 3 * 12.0, "question": 100.0})
+    few, many = known.corrections["load/disk"], known.corrections["load/memory"]
+    assert 1 < few < many, "most of it was expected of memory"
 
 
 def test_learning_moves_towards_what_happened() -> None:
@@ -57,7 +88,7 @@ def test_learning_moves_towards_what_happened() -> None:
         errors.append(abs(known.full(900, 100)["prefill"] / expected["prefill"] - 3))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.3
-    assert (known.compute_ms, known.load_ms) == (2.0, 0.01)
+    assert (known.prefill, known.load_ms) == (PREFILL, RATES.load_ms)
 
 
 def test_one_wild_measurement_counts_as_four_times_at_most() -> None:
@@ -68,7 +99,7 @@ def test_one_wild_measurement_counts_as_four_times_at_most() -> None:
 
 
 def test_steps_that_did_not_happen_teach_nothing() -> None:
-    expected = RATES.stitched(1000, 100, 0.0, [], 50, False)
+    expected = RATES.stitched({"disk": 1000}, 100, Spans(0), probe=False) | RATES.encode([], 50)
     known = RATES.learn(expected, {"encode": 5.0, "recompute": 7.0, "load": 0.0, "other": 3.0})
     assert known.corrections == {}
 
@@ -81,6 +112,9 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert costs.load(path) == known
     costs.save(RATES, path)
     assert costs.load(path) == RATES
+    costs.save(replace(RATES, load_ms={"memory": 1.0}), path)
+    assert costs.load(path) is None, "what a disk takes has to be known"
+    costs.save(RATES, path)
     assert [file.name for file in path.parent.iterdir()] == ["m.json"]
 
 

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from quire.documents import Unreadable, read_document, walk
+from quire.documents import Document, document_of, markup_of, read_file, rules_of, walk
+from quire.formats.base import Unreadable
+from quire.parsing import Parser
 
 LIMIT_BYTES = 1_000_000
+
+
+def read_document(path: Path, max_bytes: int) -> Document:
+    return document_of(read_file(path, max_bytes), Parser())
 
 
 def reason(path: Path, max_bytes: int = LIMIT_BYTES) -> str:
@@ -28,19 +34,26 @@ def names(root: Path) -> list[str]:
 def test_a_text_file_is_read_with_its_identity(tmp_path: Path) -> None:
     file = tmp_path / "a.md"
     file.write_bytes(b"# A\r\nb\rc\n")
-    document = read_document(file, LIMIT_BYTES)
-    assert document.text == "# A\nb\nc\n"
-    assert document.sha256 == hashlib.sha256(b"# A\r\nb\rc\n").hexdigest()
-    assert (document.size_bytes, document.mtime_ns) == (9, file.stat().st_mtime_ns)
+    read = read_file(file, LIMIT_BYTES)
+    assert read_document(file, LIMIT_BYTES).text == "# A\nb\nc\n"
+    assert read.sha256 == hashlib.sha256(b"# A\r\nb\rc\n").hexdigest()
+    assert (read.size_bytes, read.mtime_ns) == (9, file.stat().st_mtime_ns)
 
 
 @pytest.mark.parametrize(
     ("name", "markup"),
-    [("a.md", "markdown"), ("A.MD", "markdown"), ("a.rst", "rst"), ("a.py", "plain"), ("Makefile", "plain")],
-)
-def test_the_name_tells_the_markup(tmp_path: Path, name: str, markup: str) -> None:
-    (tmp_path / name).write_text("x")
-    assert read_document(tmp_path / name, LIMIT_BYTES).markup == markup
+    [
+        ("a.md", "markdown"), ("A.MD", "markdown"), ("a.rst", "rst"), ("a.py", "plain"), ("Makefile", "plain"),
+        ("a.csv", "csv"), ("a.PDF", "markdown"), ("a.html", "markdown"),
+    ],
+)  # fmt: skip
+def test_the_name_tells_the_markup(name: str, markup: str) -> None:
+    assert markup_of(Path(name)) == markup
+
+
+def test_what_a_parser_reads_is_read_again_when_parsers_change() -> None:
+    assert rules_of(Path("a.txt")) == "plain"
+    assert rules_of(Path("a.pdf")) != rules_of(Path("a.docx")) != rules_of(Path("a.md"))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +105,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "cannot be read" in reason(tmp_path / "loop")
     assert reason(tmp_path / "gone.txt") == "it is gone"
     assert "folder" in reason(tmp_path)
-    assert reason(tmp_path / "scan.PDF") == "not supported yet: .pdf"
+    assert reason(tmp_path / "old.DOC") == "not supported: .doc"
     monkeypatch.chdir(tmp_path)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("socket")

@@ -38,27 +38,82 @@ def before_rope(keys: Float16, positions: npt.ArrayLike) -> Float32:
     return rope.unrotate(keys.reshape(-1, HEADS, DIM), cos, sin, SHAPE.rope.layout)
 
 
-@pytest.mark.parametrize("recomputed", [(10, 8, 30), (40, 0, 9), (7, 12, 1)])
-def test_reused_keys_move_by_a_share_of_their_chunks_mean_change(recomputed: tuple[int, ...]) -> None:
+def drift_of(row: int, stored: Float32, fresh: dict[int, Float32]) -> Float32:
+    """One row at a time, over every recomputed one. stored: all rows that were read alone, from the second chunk on."""
+    mean = stored.mean(axis=0)
+    of_chunk = np.repeat([1, 2], LENGTHS[1:])
+
+    def cosine(a: Float32, b: Float32) -> float:
+        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+    nats = np.array(
+        [
+            6 * cosine(stored[row] - mean, stored[other] - mean)
+            + 2 * (of_chunk[row] == of_chunk[other])
+            - abs(row - other) / 30
+            for other in fresh
+        ]
+    )
+    weights = np.exp(nats - nats.max())
+    changes = np.stack([fresh[other] - stored[other] for other in fresh])
+    return np.asarray((weights / weights.sum()) @ changes, dtype=np.float32)
+
+
+@pytest.mark.parametrize("recomputed", [(10, 8, 30), (40, 0, 9), (7, 12, 1), (0, 24, 29)])
+def test_reused_rows_move_by_a_share_of_what_rows_like_them_show(recomputed: tuple[int, ...]) -> None:
     random = np.random.default_rng(3)
     made = stitched(recomputed)
     tokens = made.prompt.context_tokens
-    stored = [random.normal(size=(tokens, HEADS * DIM)).astype(np.float16) for _ in range(LAYERS)]
     again = np.concatenate([np.arange(span.start, span.stop) for span in made.recomputed])
-    fresh = [random.normal(size=(len(again), HEADS * DIM)).astype(np.float16) for _ in range(LAYERS)]
-    corrected = [keys.copy() for keys in stored]
-    drift.correct(made, SHAPE, corrected, fresh)
+    k, v = ([random.normal(size=(tokens, HEADS * DIM)).astype(np.float16) for _ in range(LAYERS)] for _ in range(2))
+    fresh_k, fresh_v = (
+        [random.normal(size=(len(again), HEADS * DIM)).astype(np.float16) for _ in range(LAYERS)] for _ in range(2)
+    )
+    now_k, now_v = ([rows.copy() for rows in layers] for layers in (k, v))
+    drift.correct(made, SHAPE, now_k, now_v, fresh_k, fresh_v)
+    isolated = PREAMBLE + LENGTHS[0]
+    reused = [row for row in range(isolated, tokens) if row not in again]
     for layer in range(LAYERS):
-        expected = before_rope(stored[layer], np.arange(tokens))
-        fresh_rows = dict(zip(again.tolist(), before_rope(fresh[layer], again), strict=True))
-        start = PREAMBLE
-        for length, count in zip(LENGTHS, recomputed, strict=True):
-            first_again = start + length - count
-            if count >= drift.EVIDENCE_TOKENS:
-                changes = [fresh_rows[row] - expected[row] for row in range(first_again, start + length)]
-                expected[start:first_again] += drift.SHARE * np.mean(changes, axis=0)
-            start += length
-        got = before_rope(corrected[layer], np.arange(tokens))
-        np.testing.assert_allclose(got, expected, atol=5e-3)
-        untouched = [*range(PREAMBLE), *again]
-        np.testing.assert_array_equal(corrected[layer][untouched], stored[layer][untouched])
+        keys, new_keys = (before_rope(rows[layer], np.arange(tokens)).reshape(tokens, -1) for rows in (k, now_k))
+        rotated = before_rope(fresh_k[layer], again).reshape(len(again), -1)
+        values, new_values = v[layer].astype(np.float32), now_v[layer].astype(np.float32)
+        for stored, new, fresh, share in (
+            (keys, new_keys, rotated, drift.AFTER.keys),
+            (values, new_values, fresh_v[layer].astype(np.float32), drift.AFTER.values),
+        ):
+            shown = {int(row) - isolated: fresh[at] for at, row in enumerate(again) if row >= isolated}
+            for row in reused:
+                moved = share * drift_of(row - isolated, stored[isolated:], shown)
+                np.testing.assert_allclose(new[row] - stored[row], moved, atol=6e-3)
+        for before, after in ((k, now_k), (v, now_v)):
+            untouched = [*range(isolated), *again]
+            np.testing.assert_array_equal(after[layer][untouched], before[layer][untouched])
+
+
+def test_too_few_recomputed_tokens_show_nothing() -> None:
+    assert drift.Neighbours.of(stitched((40, drift.EVIDENCE_TOKENS - 1, 0))) is None, "those of an intact chunk too"
+    assert drift.Neighbours.of(stitched((0, 24, 30))) is None, "nothing is reused that could drift"
+    assert drift.Neighbours.of(stitched((0, drift.EVIDENCE_TOKENS, 0))) is not None
+
+
+def test_a_long_prompt_learns_from_what_stands_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks with few candidates leave out only what would have weighed next to nothing."""
+    random = np.random.default_rng(4)
+    chunk = Segment(tuple(range(3000)), "key")
+    prompt = Prompt(Segment((1,), "key"), (Segment((2,), "key"), chunk), Segment((3,)))
+    mask = np.arange(3000) % 200 < 9
+    mask[1000:2000] = False  # further from any recomputed token than the reach
+    made = plan.stitch(prompt, [np.zeros(1, dtype=bool), mask])
+    stored = random.normal(size=(3000, 16)).astype(np.float32)
+    near = drift.Neighbours.of(made)
+    assert near is not None
+    assert near.bias.shape[2] < mask.sum() / 2
+    fresh = stored[mask] + random.normal(size=(int(mask.sum()), 16)).astype(np.float32)
+    got = near.drift(stored, fresh)
+    monkeypatch.setattr(drift, "_REACH_TOKENS", 3000)
+    everything = drift.Neighbours.of(made)
+    assert everything is not None
+    near_some = (near.reused < 1000) | (near.reused >= 2000)
+    np.testing.assert_allclose(got[near_some], everything.drift(stored, fresh)[near_some], atol=0.05)
+    assert np.isfinite(got).all()
+    assert np.abs(got[~near_some]).mean() > 0.1, "the nearest there are, however far"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from quire_engine.fidelity import Divergence, added, fidelity
+from quire_engine.divergence import Divergence, added, fidelity, share
 
 
 def divergence(*kl: float, agrees: int = 0) -> Divergence:
@@ -26,3 +26,13 @@ def test_what_is_added_is_paired_by_question() -> None:
     assert 0.01 <= found.low < 0.02 < found.high <= 0.03
     assert added(base, base).high == 0
     assert found == added(worse, base), "the interval does not depend on chance"
+
+
+def test_a_share_is_of_means_and_paired_by_question() -> None:
+    """A question that is ten times as hard is so for both."""
+    base, half = [0.1, 1.0, 0.5, 2.0], [0.05, 0.5, 0.25, 1.0]
+    found = share(half, base)
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+    mixed = share([0.05, 1.0, 0.1, 1.0], base)
+    assert mixed.value == pytest.approx(2.15 / 3.6)
+    assert mixed.low < mixed.value < mixed.high

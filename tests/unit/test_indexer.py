@@ -142,13 +142,13 @@ def test_another_tokenizer_or_chunk_size_cuts_again(folder: Folder) -> None:
 
 
 def test_unreadable_files_are_listed_each_time_and_come_in_once_readable(folder: Folder) -> None:
-    folder.write("paper.pdf", "x")
+    folder.write("paper.doc", "x")
     folder.write("empty.txt", "")
     for _ in range(2):
         report = folder.index()
         assert [(s.path.name, s.reason) for s in report.skipped] == [
             ("empty.txt", "empty"),
-            ("paper.pdf", "not supported yet: .pdf"),
+            ("paper.doc", "not supported: .doc"),
         ]
         assert all(skipped.remedy for skipped in report.skipped)
     assert [document.state for document in folder.library.documents()] == ["skipped", "skipped"]

@@ -100,7 +100,7 @@ def test_a_profile_that_cannot_be_read_is_none_at_all(tmp_path: Path, text: str)
 def test_plans_by_name() -> None:
     sizes = [profiles.file_bits_per_value(plans.named(name, SHAPE, profile()), SHAPE) for name in plans.NAMES[:4]]
     assert sizes == sorted(sizes, reverse=True)
-    assert plans.named("fp16", SHAPE, profile()) == BitPlan.uniform(LAYERS, 16, 16)
+    assert plans.named("fp16", SHAPE, profile()) == BitPlan.exact(LAYERS)
     assert plans.named("kvmix", SHAPE, profile()).grid == "minmax"
 
 

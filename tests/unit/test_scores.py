@@ -179,6 +179,6 @@ def test_probe_takes_the_largest_head_and_the_mean_layer() -> None:
     np.testing.assert_allclose(probe.mass(queries, rows, shape, 7), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("layers", "probed"), [(1, [0]), (2, [1]), (4, [2]), (30, list(range(15, 22)))])
+@pytest.mark.parametrize(("layers", "probed"), [(1, [0]), (2, [1]), (4, [2]), (30, list(range(18, 24)))])
 def test_probed_layers(layers: int, probed: list[int]) -> None:
     assert list(probe.probed_layers(layers)) == probed

@@ -1,5 +1,7 @@
 """Selectors: expressions by name, their scores, and the budget they keep."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -23,8 +25,8 @@ def chunks_of(tokens: list[int]) -> list[Evidence]:
 
 
 def test_default_and_names() -> None:
-    assert parse("default") == parse(DEFAULT) == parse(" 3 * first + probe ")
-    assert parse("default").name == "3*first+probe"
+    assert parse("default") == parse(DEFAULT) == parse(" first + 3 * probe * early ")
+    assert parse("default").name == "first+3*probe*early"
     assert parse("default").asks_question
     assert not parse("sensitivity*spectral").asks_question
 
@@ -157,3 +159,22 @@ def test_scores_of_zero_still_spend_the_budget() -> None:
     zero = np.zeros(64, np.float32)
     (mask,) = choose(parse("default"), [Evidence(64, {"sensitivity": zero}, zero)], 0.5)
     assert mask.sum() == 32
+
+
+def test_a_selector_that_knows_the_prompt_spends_nothing_on_what_is_intact() -> None:
+    chunks = [replace(evidence(100), intact=True), evidence(100, 1), evidence(100, 2)]
+    for expression in ("default", "probe", "first+probe"):
+        masks = choose(parse(expression), chunks, 0.3)
+        assert not masks[0].any()
+        assert sum(int(mask.sum()) for mask in masks) == 90
+    assert all(mask.all() for mask in choose(parse("probe"), chunks, 1.0)), "full prefill is all of it"
+    assert [int(mask.sum()) for mask in choose(parse("spectral"), chunks, 0.32, span=1)] == [32] * 3, "as published"
+    assert sum(int(mask.sum()) for mask in choose(parse("probe"), chunks, 0.9)) == 200, "no more than there is"
+
+
+def test_early_prefers_the_beginning_a_little() -> None:
+    flat = replace(evidence(64), probe=np.ones(64, dtype=np.float32))
+    assert list(Rule(("early",)).scores(flat)[[0, 15]]) == pytest.approx([1.0, 0.5])
+    (mask,) = choose(parse("probe*early"), [flat], 0.25)
+    assert mask[:16].all()
+    assert mask.sum() == 16

@@ -77,6 +77,12 @@ class Place:
         passages = [Passage(text, TOKENS, i, i, "") for i, text in enumerate(texts, 1)]
         self.library.replace_document(StoredDocument(Path(path), 1, 1, path, "s"), passages)
 
+    def save(self, path: str, *texts: str, days_ago: float) -> None:
+        """As `add`, with a time of the last change."""
+        passages = [Passage(text, TOKENS, i, i, "") for i, text in enumerate(texts, 1)]
+        at = int(1e9 * (time.time() - 86400 * days_ago))
+        self.library.replace_document(StoredDocument(Path(path), 1, at, path, "s"), passages)
+
     def cache(self, should_stop: Callable[[], bool] = lambda: False) -> CacheProgress:
         self.shelf.refresh()
         return self.shelf.cache(lambda _: None, should_stop)
@@ -115,7 +121,7 @@ def test_caching_reports_and_finishes(place: Place) -> None:
     seen: list[CacheProgress] = []
     place.shelf.refresh()
     last = place.shelf.cache(seen.append, lambda: False)
-    assert place.engine.read == names("a", 7) + names("b", 3)
+    assert place.engine.read == names("b", 3) + names("a", 7)
     assert len(place.engine.batches) > 2
     assert (seen[0].done, seen[0].total, seen[0].tokens_done, seen[0].tokens_total) == (0, 10, 0, 100)
     assert (last.done, last.tokens_done, last.over_budget) == (10, 100, False)
@@ -177,8 +183,27 @@ def test_pinned_documents_are_cached_first(place: Place) -> None:
     place.library.pin(Path("/d/sub"))
     place.library.pin(Path("/d/z.md"))
     place.cache()
-    assert place.engine.read == [*names("b", 5), "z", *names("a", 5)]
+    assert place.engine.read == ["z", *names("b", 5), *names("a", 5)]
     assert [item.pinned for item in place.shelf.items] == [False, True, True]
+
+
+def test_what_was_edited_lately_is_cached_before_what_is_old(place: Place) -> None:
+    place.save("/d/old.md", "o", days_ago=300)
+    place.save("/d/today.md", *names("t", 5), days_ago=0.3)
+    place.save("/d/now.md", *names("n", 9), days_ago=0)
+    place.save("/d/from the future.md", *names("f", 8), days_ago=-900)
+    place.cache()
+    assert place.engine.read == [*names("f", 8), *names("n", 9), *names("t", 5), "o"]
+
+
+def test_documents_that_questions_found_are_cached_before_others(place: Place) -> None:
+    place.save("/d/a.md", *names("a", 3), days_ago=100)
+    place.save("/d/b.md", *names("b", 4), days_ago=100)
+    place.engine.cache(["b2"], lambda: False)  # an answer needed it
+    for _ in range(3):
+        place.use("b2")
+    place.cache()
+    assert place.engine.read == ["b2", "b0", "b1", "b3", *names("a", 3)]
 
 
 def test_the_budget_ends_caching_and_nothing_is_given_up_for_it(place: Place) -> None:

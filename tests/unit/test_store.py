@@ -27,7 +27,7 @@ def chunk_bytes(fill: float, tokens: int = 6, layers: int = 2) -> bytes:
     """A chunk whose every number is `fill`, so that a reader can tell whose bytes it got."""
     numbers = np.full((layers, tokens, 2, 8), fill, np.float16)
     return to_bytes(
-        codec.encode(ChunkKV(numbers, numbers, {}), BitPlan.uniform(layers, 16, 16), codec.text_order(tokens)),
+        codec.encode(ChunkKV(numbers, numbers, {}), BitPlan.exact(layers), codec.text_order(tokens)),
         bytes(32),
     )
 

@@ -90,7 +90,7 @@ def test_rows_do_not_depend_on_how_the_tokens_came() -> None:
 @pytest.mark.parametrize(
     "plan",
     [
-        BitPlan.uniform(2, 16, 16),
+        BitPlan.exact(2),
         replace(PLAN, grid="minmax", sinks=0),
         replace(PLAN, sinks=9),
         replace(PLAN, k_widths=(b"", bytes([3, 2, 2, 3]) * 128), v_by_channel=(1,)),

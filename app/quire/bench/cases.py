@@ -1,7 +1,7 @@
 """What measurements are made of: questions over passages, and an engine that leaves nothing behind.
 
-Questions come from a file of them, or else from the headings of the person's own library or the sample documents. Knows
-nothing of what is measured.
+Questions come from a file of them, or else from the headings of a folder, of the person's own library or of the sample
+documents. Knows nothing of what is measured.
 """
 
 import json
@@ -9,15 +9,17 @@ import re
 import tempfile
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain, cycle, islice, zip_longest
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, cycle, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 from quire import chunking, paths
 from quire.documents import markup_of
+from quire.indexer import index_roots
+from quire.library import Library
 from quire.session import Session
 from quire_engine.engine import Engine, Request
 from quire_engine.errors import Aborted, ContextOverflow, QuireError
@@ -164,8 +166,32 @@ def _by_turns(texts: Iterator[Sequence[str]]) -> Iterator[str]:
 def from_headings(session: Session, engine: Engine, questions: int, passages: int, tokens: int) -> list[Case]:
     """Questions after the headings of the library, or of the sample documents while it is empty. Each is asked over the
     passage below its heading and those that follow, of at most so many tokens."""
+    return _from_passages(_documents(session, engine), engine, questions, passages, tokens)
+
+
+def from_folder(
+    folder: Path, session: Session, engine: Engine, questions: int, passages: int, tokens: int
+) -> list[Case]:
+    """As from_headings, of the documents in a folder, which is not added to the library. Raises QuireError."""
+    with tempfile.TemporaryDirectory(prefix="quire-bench-", dir=paths.cache_dir()) as place:
+        library = Library(Path(place) / "index.sqlite")
+        try:
+            root = library.add_root(folder)
+            settings = replace(session.settings, chunk_tokens=engine.limits.chunk_tokens)
+            index_roots(library, [root], engine.count_tokens, engine.tokenizer_id, settings, lambda _: None)
+            documents = [(file, passage) for file in library.contents() for passage in library.chunks_of(file)]
+        finally:
+            library.close()
+    if not documents:
+        raise QuireError(f"Nothing in {folder} can be read.", "Give a folder of documents, or a file of questions.")
+    return _from_passages(documents, engine, questions, passages, tokens)
+
+
+def _from_passages(
+    documents: Iterable[tuple[Path, chunking.Passage]], engine: Engine, questions: int, passages: int, tokens: int
+) -> list[Case]:
     cut, firsts, texts = cut_to(engine, tokens), dict[str, int](), list[str]()
-    for file, passage in _documents(session, engine):
+    for file, passage in documents:
         firsts.setdefault(passage.heading.split(" > ")[-1] or file.stem, len(texts))
         texts += cut(passage.text)
         if len(firsts) > questions and len(texts) >= passages:
@@ -192,3 +218,38 @@ def _documents(session: Session, engine: Engine) -> Iterator[tuple[Path, chunkin
         text, file, tokens = sample.read_text(encoding="utf-8"), Path(sample.name), engine.limits.chunk_tokens
         for passage in chunking.split(text, engine.count_tokens, tokens, min_tokens=1, markup=markup_of(file)):
             yield file, passage
+
+
+def passages_of(session: Session, engine: Engine, tokens: int) -> tuple[str, ...]:
+    """Distinct passages of about so many tokens together: from the library, else from the sample documents."""
+    texts = [chunk.text for chunk in session.library.all_chunks()]
+    if sum(map(engine.count_tokens, texts)) < tokens:
+        texts = _sample_passages(tokens)
+    chosen: list[str] = []
+    for text in texts:
+        if tokens <= 0:
+            break
+        chosen.append(text)
+        tokens -= engine.count_tokens(text)
+    return tuple(chosen)
+
+
+def pieces_of(session: Session, engine: Engine, tokens: int, most_tokens: int = 180) -> tuple[str, ...]:
+    """Distinct passages of at most `most_tokens`, so many that they have nearly `tokens` together."""
+    cut = cut_to(engine, most_tokens - 8)  # a number comes before each
+    texts = chain.from_iterable(cut(text) for text in passages_of(session, engine, tokens))
+    return within(engine, [f"{number}. {text}" for number, text in enumerate(texts, 1)], tokens)
+
+
+def within(engine: Engine, passages: Sequence[str], tokens: int) -> tuple[str, ...]:
+    """The first passages that have no more tokens together; at least one."""
+    sizes = accumulate(map(engine.count_tokens, passages))
+    return tuple(passages[: max(1, sum(size <= tokens for size in sizes))])
+
+
+def _sample_passages(tokens: int) -> list[str]:
+    """The sample documents in pieces of some 400 tokens, told apart by a number when they have to repeat."""
+    sample = paths.assets() / "sample"
+    words = " ".join(file.read_text() for file in sorted(sample.iterdir(), key=lambda f: f.name)).split()
+    pieces = [" ".join(words[start : start + 300]) for start in range(0, len(words), 300)]
+    return [f"Part {number}. {pieces[number % len(pieces)]}" for number in range(tokens // 250 + 1)]

@@ -13,10 +13,11 @@ from quire.bench import plans as bench_plans
 from quire.bench.cases import Case, prompt_of, scratch_engine, stopped, try_out
 from quire.bench.plans import plan_of
 from quire.session import Session
-from quire_engine import fidelity
+from quire_engine import divergence, fidelity
 from quire_engine.baselines import KV_TYPES, QuantizedLlama
+from quire_engine.divergence import Divergence, Fidelity
 from quire_engine.engine import Engine
-from quire_engine.fidelity import Divergence, Fidelity, InPlace, Prefilled, Reused, Trial, Variant
+from quire_engine.fidelity import InPlace, Prefilled, Reused, Trial, Variant
 from quire_engine.plan import Prompt
 from quire_engine.selection import selectors
 from quire_engine.types import BitPlan
@@ -97,7 +98,7 @@ def codec(
             raise stopped()
         return CodecReport(
             tuple(tally.rows()),
-            fidelity.fidelity(tally.found[_FLOOR]),
+            divergence.fidelity(tally.found[_FLOOR]),
             batch,
             engine.model_name,
             len(tally.prompts),
@@ -124,8 +125,8 @@ class _Tally:
     def take(self, trial: Trial, found: Mapping[str, Divergence]) -> None:
         """A finished question."""
         self.prompts.append(trial.prompt)
-        for name, divergence in found.items():
-            self.found.setdefault(name, []).append(divergence)
+        for name, distance in found.items():
+            self.found.setdefault(name, []).append(distance)
         for name, plan in self._plans.items():
             stored = trial.stored(plan)
             self._bytes[name] += stored.size_bytes
@@ -135,8 +136,8 @@ class _Tally:
 
     def rows(self) -> Iterator[CodecRow]:
         for name in self._plans:
-            reused, alone = fidelity.fidelity(self.found[name]), fidelity.fidelity(self.found[_in_place(name)])
-            added = fidelity.added(self.found[name], self.found[_BASELINE])
+            reused, alone = divergence.fidelity(self.found[name]), divergence.fidelity(self.found[_in_place(name)])
+            added = divergence.added(self.found[name], self.found[_BASELINE])
             yield CodecRow(
                 name,
                 8 * self._bytes[name] / self._values[name],
@@ -146,7 +147,7 @@ class _Tally:
             )
         for name, kv_type in KV_TYPES.items():
             if _in_place(name) in self.found:
-                alone = fidelity.fidelity(self.found[_in_place(name)])
+                alone = divergence.fidelity(self.found[_in_place(name)])
                 yield CodecRow(name, kv_type.bits_per_value, alone.kl, alone.kl_p99, alone.top1)
 
 

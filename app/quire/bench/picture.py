@@ -30,7 +30,8 @@ def draw(report: FidelityReport, file: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for selector, plan in dict.fromkeys((row.selector, row.plan) for row in report.rows):
-        rows = [row for row in report.rows if (row.selector, row.plan) == (selector, plan)]
+        of_one = [row for row in report.rows if (row.selector, row.plan) == (selector, plan)]
+        rows = sorted(of_one, key=lambda row: row.ratio)
         errors = [
             [row.kl - row.kl_interval[0] for row in rows],
             [row.kl_interval[1] - row.kl for row in rows],

@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from quire import paths
-from quire.bench.cases import Case, contains, from_file, scratch_engine, try_out
+from quire.bench.cases import Case, contains, from_file, passages_of, scratch_engine, try_out
 from quire.session import Session
 from quire_engine.baselines import PlainLlama, prefix_only_ms
 from quire_engine.engine import Engine, Request, never
@@ -47,7 +46,7 @@ def ttft(session: Session, lengths: Sequence[int], ratios: Sequence[float], runs
     with scratch_engine(session) as engine:
         try_out(engine, never)
         for length in lengths:
-            rows += _Ttft(engine, _passages(session, engine, length)).run(ratios, runs, say)
+            rows += _Ttft(engine, passages_of(session, engine, length)).run(ratios, runs, say)
     return rows
 
 
@@ -167,7 +166,7 @@ def followup(session: Session, turns: int, tokens: int, runs: int, say: Say) -> 
     sizes: dict[str, tuple[int, int]] = {}
     with scratch_engine(session) as engine:
         try_out(engine, never)
-        texts = _passages(session, engine, tokens * (turns + 1))
+        texts = passages_of(session, engine, tokens * (turns + 1))
         share = -(-len(texts) // (turns + 1))
         brought = [texts[start : start + share] for start in range(0, len(texts), share)]
         engine.cache(texts)
@@ -229,28 +228,6 @@ def followup_table(rows: Sequence[FollowupRow]) -> list[str]:
 def _answer(engine: Engine, case: Case, ratio: float, selector: str) -> str:
     request = Request(case.question, case.passages, ratio, selector, _ANSWER_TOKENS, insist=True)
     return "".join(event.text for event in engine.answer(request) if isinstance(event, Text))
-
-
-def _passages(session: Session, engine: Engine, tokens: int) -> tuple[str, ...]:
-    """Distinct passages of about so many tokens together: from the library, else from the sample documents."""
-    texts = [chunk.text for chunk in session.library.all_chunks()]
-    if sum(map(engine.count_tokens, texts)) < tokens:
-        texts = _sample_passages(tokens)
-    chosen: list[str] = []
-    for text in texts:
-        if tokens <= 0:
-            break
-        chosen.append(text)
-        tokens -= engine.count_tokens(text)
-    return tuple(chosen)
-
-
-def _sample_passages(tokens: int) -> list[str]:
-    """The sample documents in pieces of some 400 tokens, told apart by a number when they have to repeat."""
-    sample = paths.assets() / "sample"
-    words = " ".join(file.read_text() for file in sorted(sample.iterdir(), key=lambda f: f.name)).split()
-    pieces = [" ".join(words[start : start + 300]) for start in range(0, len(words), 300)]
-    return [f"Part {number}. {pieces[number % len(pieces)]}" for number in range(tokens // 250 + 1)]
 
 
 def as_json(rows: Sequence[TtftRow] | Sequence[AnswersRow] | Sequence[FollowupRow]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quire.commands.common import INTERRUPTED, interruptible, json_option, model_option, session_by, to_stderr
+from quire.commands.common import INTERRUPTED, by_question, interruptible, place_of, question_options, to_stderr
 from quire.terminal import printable
 from quire_engine.errors import Aborted, QuireError
 
@@ -26,28 +26,14 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("question")
-@click.option("--in", "within", type=click.Path(path_type=Path), help="Only documents in this folder or file.")
-@click.option("--ratio", type=float, help="Share of the reused tokens to compute again, 0 to 1.")
-@click.option("--dial", type=click.Choice(["fast", "balanced"]), help="What exact is compared with.")
-@click.option("--selector", help="Which tokens are computed again: default, probe, spectral, first, ...")
-@click.option("--context-tokens", type=int, help="Tokens of documents that the question may use.")
-@click.option("--max-tokens", type=int, help="Longest answer.")
-@model_option
-@json_option
+@question_options(("fast", "balanced"), "What exact is compared with.")
 def compare(question: str, within: Path | None, as_json: bool, **settings: Any) -> None:
     """Answer a question exactly and from stored KV: where the answers part, how far apart they are, and both times.
 
     Both take the likeliest token each time. Passages that are not cached yet are cached first.
     """
-    from quire.library import EVERYWHERE
-    from quire.render import path_from_here
-
-    if settings["ratio"] is None and settings["dial"] is not None:
-        settings["ratio"] = ""  # a dial on the command line outranks a ratio in the file
-    with session_by(**settings) as session, interruptible() as stop:
-        if within and not within.expanduser().exists():
-            raise QuireError(f"There is no file or folder {path_from_here(within)}.", "Check the path after --in.")
-        place = within.expanduser().resolve() if within else EVERYWHERE
+    place = place_of(within)
+    with by_question(settings) as session, interruptible() as stop:
         try:
             shown = _compared(session, question, place, stop.is_set)
         except Aborted:

@@ -264,6 +264,12 @@ class QuireApp(App[None], inherit_bindings=False):
         self._edit(message.path, 1)
 
     def _edit(self, path: Path, line: int) -> None:
+        """Opens a file at the line; what no editor shows, in the program that the system has for it."""
+        from quire.documents import has_lines
+
+        if not has_lines(path):
+            self._view(path)
+            return
         editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
         try:
             with self.suspend():
@@ -273,6 +279,14 @@ class QuireApp(App[None], inherit_bindings=False):
         except (OSError, ValueError) as error:
             self._warn(f"{editor} cannot be started: {error}. Set EDITOR to the one you use.")
         self.refresh()
+
+    def _view(self, path: Path) -> None:
+        viewer = {"darwin": "open", "win32": "explorer"}.get(sys.platform, "xdg-open")
+        nowhere = subprocess.DEVNULL
+        try:
+            subprocess.Popen([viewer, path], stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)
+        except OSError:
+            self._warn(f"{path} is no text, and there is no {viewer} here to show it.")
 
     def _warn(self, text: str) -> None:
         self.notify(printable(text), severity="warning", markup=False)

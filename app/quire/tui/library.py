@@ -24,9 +24,10 @@ from textual.screen import Screen
 from textual.theme import Theme
 from textual.widgets import DataTable, Footer, ProgressBar, Static
 
+from quire.keeper import Edit, LibraryWish
 from quire.terminal import printable
 from quire.tui.confirm import Confirm
-from quire.tui.messages import Edit, Letter, LibraryWish, Row, State
+from quire.tui.messages import Letter, Row, State
 from quire.tui.themes import readable
 from quire.tui.words import activity, place, plain
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from textual.message import Message
 
+from quire.keeper import Edit
 from quire_engine.errors import QuireError
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from quire_engine.types import Answered, Forecast
 
 Letter = Literal["C", "Q", "S"]  # cached, queued, skipped
-LibraryWish = Literal["pin", "unpin", "recache", "remove"]
 Doing = Literal["starting", "idle", "reading", "caching", "checking", "waiting", "paused", "answering"]
 
 NO_TURN = 0
@@ -61,25 +61,12 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Edit:
-    """A document that was changed. at: seconds since 1970.  passages: of `total`, had to be read again, with `tokens`;
-    left: the ids of those that are not yet.  ms: what the others took."""
-
-    at: float
-    path: Path
-    passages: int
-    total: int
-    tokens: int
-    ms: float
-    left: frozenset[str]
-
-
-@dataclass(frozen=True)
 class State:
     """What the thread does and has. read_done, read_total: files.  done, total: passages.  tokens_left: to cache.
-    left_ms: how long that will take, 0 while unknown.  reuse_off: why nothing is cached with this model.
-    disk_bytes: of KV, of all models; limit_bytes: the budget, 0 for none; over_budget: the rest does not fit it.
-    written_bytes: since the application is open; total_written_bytes: ever.  edits: the newest first."""
+    left_ms: how long that will take, 0 while unknown.  held: why caching waits, where nobody here made it.
+    reuse_off: why nothing is cached with this model.  disk_bytes: of KV, of all models; limit_bytes: the budget, 0 for
+    none; over_budget: the rest does not fit it.  written_bytes: since the application is open; total_written_bytes:
+    ever.  edits: the newest first."""
 
     doing: Doing = "starting"
     model: str = ""
@@ -93,6 +80,7 @@ class State:
     total: int = 0
     tokens_left: int = 0
     left_ms: float = 0.0
+    held: str = ""
     disk_bytes: int = 0
     limit_bytes: int = 0
     over_budget: bool = False

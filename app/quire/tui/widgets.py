@@ -191,7 +191,7 @@ class Answer(TurnPart):
         self.turn = turn.id
         await self.write(turn.answer)
         truth = turn.truth
-        hits = (Hit("", s.text, 0, s.path, s.start_line, s.end_line, s.heading, s.score) for s in turn.sources)
+        hits = (Hit("", s.text, 0, s.path, s.start_line, s.end_line, s.heading, s.score, s.place) for s in turn.sources)
         self.found(Found(tuple(hits), truth.search_ms))
         self.forecast(truth.predicted)
         if turn.ending != "lost":

@@ -31,7 +31,7 @@ def activity(state: "State") -> str:
         case "checking":
             return "trying the model out, once"
         case "waiting":
-            return "caching waits while you type"
+            return f"caching waits: {state.held}" if state.held else "caching waits while you type"
         case "paused":
             return "caching paused"
         case _:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from textual.message import Message
 
 from quire import crash
-from quire.tui.folders import Folders, Host
+from quire.keeper import Keeper, LibraryWish
+from quire.tui.folders import OnScreen
 from quire.tui.messages import (
     NO_TURN,
     START,
@@ -26,7 +27,6 @@ from quire.tui.messages import (
     Doing,
     Failed,
     Letter,
-    LibraryWish,
     Noted,
     Priced,
     Row,
@@ -84,8 +84,8 @@ class Worker:
         self._weighing: Weighing | None = None
         self._to_price: Settings | None = None
         self._wanted: Settings | None = None
-        self._folders = Folders(
-            Host(
+        self._folders = Keeper(
+            OnScreen(
                 self._tell,
                 self._post,
                 lambda error: self._failed(None, error),
@@ -239,7 +239,7 @@ class Worker:
             self._folders.work(session)
         elif self._weighing:
             self._weigh(session)
-        elif self._folders.wanted and not self._yields():
+        elif self._folders.wanted and not (self._yields() or self._folders.hold):
             self._folders.cache(session)
 
     def _rest(self) -> None:
@@ -250,8 +250,12 @@ class Worker:
             self._tell(doing="paused", left_ms=0.0)
             self._wake.wait()
         elif typing := self._typing_left():
-            self._tell(doing="waiting")
+            self._tell(doing="waiting", held="")
             self._wake.wait(typing)
+        elif hold := self._folders.hold:
+            if hold.reason:
+                self._tell(doing="waiting", held=hold.reason, left_ms=0.0)
+            self._wake.wait(hold.seconds)
 
     def _failed(self, turn: Turn | None, error: Exception) -> None:
         self._post(Failed(turn.id if turn else NO_TURN, _explained(error)))

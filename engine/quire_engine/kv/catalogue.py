@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeVar
 
 from quire_engine import processes
 from quire_engine.kv import format
+from quire_engine.kv.pools import MemoryPool
 from quire_engine.kv.store import FOLDER, KEY, SUFFIX, TEMPORARY, KVStore
 from quire_engine.processes import Process
 
@@ -56,9 +57,13 @@ class Entry(NamedTuple):  # there may be 100,000 of them, and a dataclass takes 
     uses: float
     used_at: float
 
+    def uses_at(self, now: float) -> float:
+        """Its uses, as far as they still count."""
+        return self.uses * _decay(now - self.used_at)
+
     def value(self, now: float, expected_uses: float = 0.0) -> float:
         """Seconds that a byte of it saves: by its uses, as far as they still count, and those to be expected."""
-        return self.seconds * (self.uses * _decay(now - self.used_at) + expected_uses) / max(1, self.size_bytes)
+        return self.seconds * (self.uses_at(now) + expected_uses) / max(1, self.size_bytes)
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,9 @@ class Catalogue:
         """Of everything that is cached there, for whatever model."""
         return cls(cache_dir / "kv")
 
-    def store(self, name: str, model: str = "") -> KVStore:
-        """A store that is listed here. model: whose chunks it holds, for people."""
-        return KVStore(self.root / name, self, model)
+    def store(self, name: str, model: str = "", memory: MemoryPool | None = None) -> KVStore:
+        """A store that is listed here. model: whose chunks it holds, for people.  memory: above its disk, if any."""
+        return KVStore(self.root / name, self, model, memory)
 
     def stores(self) -> list[KVStore]:
         """All that lie on disk, by name."""

@@ -1,12 +1,15 @@
-"""Drift: what reading a chunk alone did to its keys, told by its recomputed tokens and taken back from the reused ones.
+"""Drift: what reading a chunk alone did to its keys and values, told by recomputed tokens, taken back from reused ones.
 
-A large part of the difference between a chunk's stored keys and those of full prefill is the same for all of its
-tokens. The recomputed tokens show it for nothing: the mean of fresh minus stored, per layer, head and channel, before
-RoPE (docs/decisions/selection.md has what it is worth). Knows nothing of how rows were computed.
+The recomputed tokens show it for nothing: fresh minus stored, per layer, keys before RoPE. A reused token drifted most
+like recomputed ones that stand near it, in its own chunk, and look like it, so it takes a weighted mean over those, the
+weights a softmax as in attention (docs/decisions/selection.md has what each part is worth). A chunk that stands where
+it was read has not drifted. Knows nothing of how rows were computed.
 """
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,47 +20,121 @@ from quire_engine.plan import StitchPlan
 from quire_engine.types import Float16, Float32, ModelShape
 from quire_kernels import rope
 
-SHARE = 0.35  # of the measured drift that is taken back; .65 and more does harm
-EVIDENCE_TOKENS = 8  # fewer recomputed tokens than this say too little about their chunk
-
 Rows = npt.NDArray[np.intp]
 
 
-def correct(plan: StitchPlan, shape: ModelShape, k_rot: Sequence[Float16], fresh_k_rot: Sequence[Float16]) -> None:
-    """Shifts the reused keys of every chunk that has enough recomputed ones, in all layers, in place.
+@dataclass(frozen=True)
+class Share:
+    """How much of the estimated drift is taken back."""
 
-    k_rot: per layer [rows, kv_heads * key_dim], as stored, rotated to their positions; row 0 is the plan's first.
-    fresh_k_rot: per layer [recomputed, kv_heads * key_dim], in order of position.
+    keys: float
+    values: float
+
+
+WITHIN = Share(0.8, 0.5)  # where a layer is corrected before the recomputed tokens attend in it
+AFTER = Share(0.6, 0.3)  # where they have seen the uncorrected rows: what they show is less certain
+
+EVIDENCE_TOKENS = 8  # fewer recomputed tokens than this say too little
+LIKENESS = 6.0  # nats between a row that looks the same and one that has nothing in common
+_OWN_CHUNK = 2.0  # nats
+_NEAR_TOKENS = 30.0  # so much further away is one nat less
+_REACH_TOKENS = 256  # beyond it a weight would be below e^-8
+_BLOCK_ROWS = 128  # reused rows that share their candidates
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The recomputed rows of a plan that each reused one may learn from.
+
+    isolated: rows of the plan whose chunks do not stand where they were read.  reused [u], recomputed [m]: among these.
+    fresh: [m] of all that the plan recomputes.  blocks: [blocks, rows] of the reused, the last one filled up.
+    candidates: [blocks, width] of the recomputed.  bias: [blocks, rows, width] nats for distance and chunk; -inf where
+    there is no such candidate.
     """
-    first = plan.spans[0].start
-    fresh_rows = np.concatenate([np.arange(span.start, span.stop) for span in plan.recomputed]) - first
-    chunks = _chunks(plan, fresh_rows, first)
-    cos, sin = transfer.angles(np.arange(first, plan.prompt.context_tokens), shape.rope)
 
-    def heads(k: Float16) -> Float32:
-        return k.astype(np.float32).reshape(len(k), shape.kv_heads, shape.key_dim)
+    isolated: slice
+    reused: Rows
+    recomputed: Rows
+    fresh: Rows
+    blocks: Rows
+    candidates: Rows
+    bias: Float32
+
+    @classmethod
+    def of(cls, plan: StitchPlan) -> Self | None:
+        """None where too little is recomputed, or nothing could be corrected."""
+        prompt, first = plan.prompt, plan.spans[0].start
+        start, stop = prompt.starts[1 + prompt.intact], prompt.context_tokens
+        again = np.concatenate([np.arange(0), *(np.arange(span.start, span.stop) for span in plan.recomputed)])
+        fresh = np.flatnonzero(again >= start)
+        recomputed = (again[fresh] - start).astype(np.intp)
+        reused = np.setdiff1d(np.arange(stop - start), recomputed, assume_unique=True)
+        if len(recomputed) < EVIDENCE_TOKENS or not len(reused):
+            return None
+        lengths = [len(chunk) for chunk in prompt.chunks[prompt.intact :]]
+        of_chunk = np.repeat(np.arange(len(lengths)), lengths)
+        count = -(-len(reused) // _BLOCK_ROWS)
+        rows = min(_BLOCK_ROWS, len(reused))
+        blocks = np.minimum(np.arange(count * rows), len(reused) - 1).reshape(count, rows)
+        low = np.searchsorted(recomputed, reused[blocks[:, 0]] - _REACH_TOKENS)
+        high = np.searchsorted(recomputed, reused[blocks[:, -1]] + _REACH_TOKENS, side="right")
+        low = np.clip(low, 0, len(recomputed) - EVIDENCE_TOKENS)
+        high = np.maximum(high, low + EVIDENCE_TOKENS)
+        candidates = low[:, None] + np.arange((high - low).max())
+        there = candidates < high[:, None]
+        candidates = np.minimum(candidates, len(recomputed) - 1)
+        mine, theirs = reused[blocks][:, :, None], recomputed[candidates][:, None, :]
+        bias = _OWN_CHUNK * (of_chunk[mine] == of_chunk[theirs]) - np.abs(mine - theirs) / _NEAR_TOKENS
+        bias = np.where(there[:, None, :], bias, -np.inf).astype(np.float32)
+        return cls(slice(start - first, stop - first), reused, recomputed, fresh, blocks, candidates, bias)
+
+    def drift(self, stored: Float32, fresh: Float32) -> Float32:
+        """Of the reused rows [u, channels]. stored: [isolated rows, channels].  fresh: [m, channels]."""
+        centred = stored - stored.mean(axis=0)
+        alike = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), np.float32(1e-12))
+        theirs = alike[self.recomputed][self.candidates]
+        weights = alike[self.reused][self.blocks] @ theirs.transpose(0, 2, 1)
+        weights *= np.float32(LIKENESS)
+        weights += self.bias
+        weights -= weights.max(axis=-1, keepdims=True)
+        np.exp(weights, out=weights)
+        weights /= weights.sum(axis=-1, keepdims=True)
+        found: Float32 = weights @ (fresh - stored[self.recomputed])[self.candidates]
+        return found.reshape(-1, stored.shape[1])[: len(self.reused)]
+
+
+def correct(
+    plan: StitchPlan,
+    shape: ModelShape,
+    k_rot: Sequence[Float16],
+    v: Sequence[Float16],
+    fresh_k_rot: Sequence[Float16],
+    fresh_v: Sequence[Float16],
+    share: Share = AFTER,
+) -> None:
+    """Shifts the reused rows of a plan in all layers, in place.
+
+    k_rot, v: per layer [rows, kv_heads * dim], as stored, keys rotated to their positions; row 0 is the plan's first.
+    fresh_k_rot, fresh_v: per layer [recomputed, kv_heads * dim], in order of position.
+    """
+    near = Neighbours.of(plan)
+    if near is None:
+        return
+    reused = near.isolated.start + near.reused
+    first, stop = plan.spans[0].start, plan.prompt.context_tokens
+    cos, sin = (turn[near.isolated] for turn in transfer.angles(np.arange(first, stop), shape.rope))
+
+    def turned(k: Float32, rows: Rows | slice, way: float) -> Float32:
+        heads = k.reshape(len(k), shape.kv_heads, shape.key_dim)
+        return rope.rotate(heads, cos[rows], np.float32(way) * sin[rows], shape.rope.layout).reshape(k.shape)
 
     def correct_layer(layer: int) -> None:
-        k, fresh = k_rot[layer], fresh_k_rot[layer]
-        for recomputed, reused in chunks:
-            found = slice(*np.searchsorted(fresh_rows, (recomputed[0], recomputed[-1] + 1)))
-            changed = heads(fresh[found]) - heads(k[recomputed])
-            drift = rope.unrotate(changed, cos[recomputed], sin[recomputed], shape.rope.layout).mean(axis=0)
-            shift = np.broadcast_to(np.float32(SHARE) * drift, (len(reused), *drift.shape))
-            shifted = heads(k[reused]) + rope.rotate(shift, cos[reused], sin[reused], shape.rope.layout)
-            k[reused] = shifted.reshape(len(reused), -1)
+        keys, values = k_rot[layer], v[layer]
+        stored = turned(keys[near.isolated].astype(np.float32), slice(None), -1)
+        fresh = turned(fresh_k_rot[layer][near.fresh].astype(np.float32), near.recomputed, -1)
+        keys[reused] += turned(np.float32(share.keys) * near.drift(stored, fresh), near.reused, 1).astype(np.float16)
+        drift = near.drift(values[near.isolated].astype(np.float32), fresh_v[layer][near.fresh].astype(np.float32))
+        values[reused] += (np.float32(share.values) * drift).astype(np.float16)
 
     with ThreadPoolExecutor(max_workers=processes.cores()) as pool:
         list(pool.map(correct_layer, range(shape.layers)))
-
-
-def _chunks(plan: StitchPlan, fresh_rows: Rows, first: int) -> list[tuple[Rows, Rows]]:
-    """Recomputed and reused rows of every chunk that has enough of the first and any of the second."""
-    found = []
-    for chunk, start in zip(plan.prompt.chunks, plan.prompt.starts[1:], strict=False):
-        rows = np.arange(start, start + len(chunk)) - first
-        recomputed = rows[np.isin(rows, fresh_rows, assume_unique=True)]
-        reused = np.setdiff1d(rows, recomputed, assume_unique=True)
-        if len(recomputed) >= EVIDENCE_TOKENS and len(reused):
-            found.append((recomputed, reused))
-    return found

@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -48,7 +49,7 @@ class ByteSource(Protocol):
     @property
     def size_bytes(self) -> int: ...
 
-    def read(self, offset: int, length: int) -> bytes:
+    def read(self, offset: int, length: int) -> bytes | memoryview:
         """The bytes there; fewer where the source ends. Raises DamagedChunk when they cannot be read."""
 
     def close(self) -> None: ...
@@ -183,6 +184,8 @@ class ChunkReader:
 
     def __init__(self, source: ByteSource) -> None:
         self._source = source
+        self._checked = False
+        self._holders, self._lock = 1, Lock()
         self.header = _read_header(source)
         front = _read_exactly(source, self.header.header_bytes, self.header.front_bytes)
         _check(front, self.header.front_crc, "its order, scores or sinks")
@@ -218,8 +221,37 @@ class ChunkReader:
         layers = tuple(self.layer(i) for i in range(len(h.layers)))
         return PackedChunk(h.plan, h.kv_heads, h.key_dim, h.value_dim, self.order, self.scores, layers)
 
+    def check(self) -> None:
+        """Reads all of it, and trusts it from then on: for sources whose bytes cannot change. Raises DamagedChunk."""
+        for layer in range(len(self.header.layers)):
+            self.layer(layer)
+        self._checked = True
+
+    def parts(self, index: int) -> list[memoryview]:
+        """A layer's bytes as they lie in the file, keys' parts and then values', checked; `header.cuts` says what they
+        are."""
+        entry, (k_cut, v_cut) = self.header.layers[index], self.header.cuts(index)
+        k_lengths, v_lengths = k_cut.part_lengths, v_cut.part_lengths
+        if v_lengths:
+            v_lengths[-1] += entry.block_bytes - sum(k_lengths + v_lengths)
+        crcs = (*entry.crcs[: len(k_lengths)], *entry.crcs[_PARTS : _PARTS + len(v_lengths)])
+        return self._read_parts(entry.offset, [*k_lengths, *v_lengths], crcs, index)
+
+    def sinks(self, index: int) -> tuple[Float16, Float16]:
+        """A layer's rows that are stored exactly, keys before RoPE and values, [sinks, kv_heads * dim]."""
+        return self._k_sinks[index], self._v_sinks[index]
+
+    def hold(self) -> None:
+        """Stays open until it is closed once more."""
+        with self._lock:
+            self._holders += 1
+
     def close(self) -> None:
-        self._source.close()
+        with self._lock:
+            self._holders -= 1
+            last = self._holders == 0
+        if last:
+            self._source.close()
 
     def __enter__(self) -> Self:
         return self
@@ -251,7 +283,8 @@ class ChunkReader:
         parts, start = [], 0
         for length, crc in zip(lengths, crcs, strict=False):  # unused checksums stay zero
             part = run[start : start + length]
-            _check(part, crc, f"layer {layer}")
+            if not self._checked:
+                _check(part, crc, f"layer {layer}")
             parts.append(part)
             start += length
         return parts
@@ -313,7 +346,7 @@ def _nibbles(widths: bytes) -> bytes:
     return bytes(even[0::2] | even[1::2] << 4)
 
 
-def _from_nibbles(data: bytes, channels: int) -> bytes:
+def _from_nibbles(data: bytes | memoryview, channels: int) -> bytes:
     packed = np.frombuffer(data, np.uint8)
     return np.stack([packed & 15, packed >> 4], axis=1).tobytes()[:channels]
 
@@ -358,7 +391,7 @@ def _read_header(source: ByteSource) -> Header:
     )
 
 
-def _widths(data: bytes, flags: Sequence[int], channels: int) -> list[bytes]:
+def _widths(data: bytes | memoryview, flags: Sequence[int], channels: int) -> list[bytes]:
     """The widths of every layer's key channels, none where they are all the same; they follow one another in data."""
     found, size = [], -(-channels // 2)
     for flag in flags:
@@ -367,7 +400,7 @@ def _widths(data: bytes, flags: Sequence[int], channels: int) -> list[bytes]:
     return found
 
 
-def _read_exactly(source: ByteSource, offset: int, length: int) -> bytes:
+def _read_exactly(source: ByteSource, offset: int, length: int) -> bytes | memoryview:
     data = source.read(offset, length)
     if len(data) != length:
         raise _damaged(f"it ends at byte {offset + len(data)}")

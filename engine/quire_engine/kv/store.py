@@ -13,14 +13,15 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
 from quire_engine import records
 from quire_engine.errors import DamagedChunk, MissingChunk, UnwritableStore
-from quire_engine.kv.format import BEGINNING_BYTES, ChunkReader
+from quire_engine.kv.format import BEGINNING_BYTES, ByteSource, ChunkReader
+from quire_engine.kv.pools import MemoryPool, Pool
 
 SUFFIX = ".kv"
 TEMPORARY = ".tmp"  # of files that are being written, or were when something went wrong
@@ -68,17 +69,24 @@ class NoIndex:
 _NO_INDEX = NoIndex()
 
 
+def _this_disk(source: ByteSource) -> ByteSource:
+    return source
+
+
 class KVStore:
     """Chunks by key, a hex string of 8 to 128 lower-case digits; ValueError for anything else.
 
     Several processes may use one root at the same time. Directories are private to the user.
     """
 
-    def __init__(self, root: Path, index: Index = _NO_INDEX, model: str = "") -> None:
-        """model: whose chunks these are, for people; written down with the first one."""
+    def __init__(self, root: Path, index: Index = _NO_INDEX, model: str = "", memory: MemoryPool | None = None) -> None:
+        """model: whose chunks these are, for people; written down with the first one.  memory: above the disk; none
+        unless given."""
         self._root = root
         self._index = index
         self._model = model
+        self._memory = memory or MemoryPool()
+        self.disk: Callable[[ByteSource], ByteSource] = _this_disk  # another one, for trying slow ones out
         self.written_bytes = 0  # by this object
 
     @property
@@ -121,18 +129,42 @@ class KVStore:
 
         Raises MissingChunk when there is none, DamagedChunk when its header does not check out.
         """
-        source = _File(self._path(key))
+        path = self._path(key)
+        reader = self._memory.find(path) or self._from_disk(path)
+        with suppress(OSError):  # another's file, or a disk that is read-only: it just looks unused
+            # Many systems count no reading by themselves.
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+        self._index.used(self._root.name, key)
+        return reader
+
+    def prefetch(self, keys: Sequence[str]) -> None:
+        """Begins to read chunks into memory, in this order, in the background; `open` waits for those under way."""
+        self._memory.prefetch(map(self._path, keys), self._source)
+
+    def where(self, key: str) -> Pool:
+        """Where the chunk would be read from at this moment."""
+        path = self._path(key)
+        if self._memory.holds(path):
+            return "memory"
+        return "disk" if path.exists() else ""
+
+    def read_ms(self, key: str) -> float:
+        """What reading the chunk from the disk takes, as the last ones went; 0 where it is in memory or not stored."""
+        path = self._path(key)
+        with suppress(OSError):
+            return 0.0 if self._memory.holds(path) else self._memory.read_ms(path.stat().st_size)
+        return 0.0
+
+    def _from_disk(self, path: Path) -> ChunkReader:
+        source = self._source(path)
         try:
-            with suppress(OSError):  # another's file, or a disk that is read-only: it just looks unused
-                written_ns = self._path(key).stat().st_mtime_ns
-                # Many systems count no reading by themselves.
-                os.utime(self._path(key), ns=(time.time_ns(), written_ns))
-            reader = ChunkReader(source)
+            return ChunkReader(source)
         except BaseException:
             source.close()
             raise
-        self._index.used(self._root.name, key)
-        return reader
+
+    def _source(self, path: Path) -> ByteSource:
+        return self.disk(_File(path))
 
     def check(self, key: str) -> None:
         """Reads all of a chunk. Raises MissingChunk, or DamagedChunk when a byte is wrong or it is another's."""
@@ -141,8 +173,7 @@ class KVStore:
             reader = ChunkReader(source)
             if reader.header.key.hex() != key:
                 raise DamagedChunk("A stored passage is not the one its name says.")
-            for layer in range(len(reader.header.layers)):
-                reader.layer(layer)
+            reader.check()
         finally:
             source.close()
 
@@ -157,8 +188,9 @@ class KVStore:
                 self._index.release(self._root.name, key)
 
     def drop_from_memory(self, keys: Iterable[str]) -> None:
-        """Asks the operating system to forget these chunks' pages, so that the next read comes from the disk."""
+        """Forgets these chunks, and asks the operating system to, so that the next read comes from the disk."""
         for key in keys:
+            self._memory.drop(self._path(key))
             fd = os.open(self._path(key), os.O_RDONLY)
             try:
                 os.fsync(fd)  # only clean pages can be dropped
@@ -168,6 +200,7 @@ class KVStore:
 
     def remove(self, key: str) -> bool:
         """Forget the chunk; nothing happens when there is none. False where the disk does not allow it."""
+        self._memory.drop(self._path(key))
         try:
             self._path(key).unlink(missing_ok=True)
         except OSError:

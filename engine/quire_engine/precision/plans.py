@@ -22,7 +22,7 @@ LOW_BITS, HIGH_K_BITS, HIGH_V_BITS = 2, 3, 4  # KVmix's
 def named(name: str, shape: ModelShape, profile: Profile) -> BitPlan:
     """The plan of that name. Without a profile all but fp16 fall back to 8 bits, which is safe for any model."""
     if name == "fp16":
-        return BitPlan.uniform(shape.layers, 16, 16)
+        return BitPlan.exact(shape.layers)
     if name == "kvmix" and len(profile.k_importance):
         return kvmix(profile.k_importance, profile.v_importance)
     if name in BITS_PER_VALUE and profile.known:

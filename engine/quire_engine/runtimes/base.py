@@ -12,11 +12,14 @@ from quire_engine.kv.transfer import Placement
 from quire_engine.plan import StitchPlan
 from quire_engine.types import Float16, Float32, ModelShape
 
+SCRATCH_TOKENS = 512  # room beside a prompt for the probe's copy of the question and for rounding to whole spans
+
 
 class Runtime(Protocol):
     name: str
     shape: ModelShape
     tile_tokens: int  # tokens that are computed together: a few more than a multiple of it cost as much as all
+    span_tokens: int  # neighbours that are chosen together, because it pays per run of them; 1 where it does not
 
     @property
     def live_tokens(self) -> int:
@@ -40,7 +43,8 @@ class Runtime(Protocol):
     def place(self, placements: Sequence[Placement]) -> None:
         """Loads stored rows, rotates K to final positions and keeps them behind the live sequence, gapless.
 
-        Raises DamagedPlacements when stored bytes are wrong.
+        Raises DamagedPlacements when stored bytes are wrong. A runtime that reads on in the background may raise it
+        later, from what needs the rows, and has forgotten all placed rows then.
         """
 
     def probe(self, question: Sequence[int], position: int) -> Float32:
@@ -54,6 +58,9 @@ class Runtime(Protocol):
 
     def extend(self, tokens: Sequence[int]) -> Float32:
         """Appends tokens to the live sequence; scores of the next token [vocabulary]."""
+
+    def scores(self, tokens: Sequence[int]) -> Float32:
+        """As extend, in one batch: scores after each of the tokens [tokens, vocabulary]."""
 
     def rows(self, start: int, stop: int) -> tuple[Float16, Float16]:
         """K before RoPE and V of live positions start..stop, as `encode` gives them."""

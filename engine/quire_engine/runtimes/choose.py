@@ -1,14 +1,31 @@
 """Which runtime executes plans on this machine, and why. Imports a runtime only when it is wanted."""
 
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from quire_engine import gguf
 from quire_engine.errors import ModelError
+from quire_engine.gguf import Gguf
 from quire_engine.runtimes.base import Runtime
 from quire_engine.types import ModelShape
 
 if TYPE_CHECKING:
+    from quire_engine.runtimes.torch_device import Device
     from quire_engine.runtimes.transformer import Transformer
+
+AUTO, LLAMA_CPP, TORCH = NAMES = ("auto", "llama.cpp", "torch")
+_DEVICE_FILES = (
+    "/dev/nvidiactl",
+    "/dev/kfd",
+    "/dev/dxg",
+)  # of NVIDIA's and AMD's drivers, and Windows' for Linux in it
+_BYTES_PER_WEIGHT = 2
+_SHARE_FOR_WEIGHTS = 0.8  # of a device's free memory; the rest is for KV
 
 
 class Vocabulary(Protocol):
@@ -21,6 +38,59 @@ class Vocabulary(Protocol):
     def is_end(self, token: int) -> bool: ...
 
 
+@dataclass(frozen=True)
+class Choice:
+    """runtime: LLAMA_CPP or TORCH.  device: what PyTorch computes on, "cpu" or "cuda"; for llama.cpp empty.
+    reason: a sentence for a person."""
+
+    runtime: str
+    device: str
+    reason: str
+
+    @property
+    def record(self) -> str:
+        """What tells names of records of measurements with it from others'; empty for llama.cpp."""
+        return f".{self.runtime}-{self.device}" if self.device else ""
+
+
+BY_LLAMA_CPP = Choice(LLAMA_CPP, "", "Runtime: llama.cpp, as the setting says.")
+
+
+def choose(wish: str, model: Gguf) -> Choice:
+    """The runtime for a model on this machine. wish: one of NAMES. Imports PyTorch only where it may be of use."""
+    if wish == LLAMA_CPP:
+        return BY_LLAMA_CPP
+    if reason := gguf.why_not_stitchable(model) or _why_not_read(model):
+        return Choice(LLAMA_CPP, "", f"Runtime: llama.cpp. {reason}")
+    device = _device()
+    needed = _BYTES_PER_WEIGHT * sum(prod(tensor.shape) for tensor in model.tensors.values())
+    fits = device is not None and needed <= _SHARE_FOR_WEIGHTS * device.free_bytes
+    if device and (fits or wish == TORCH):
+        return Choice(TORCH, "cuda", f"Runtime: PyTorch on {device.title}.")
+    if wish == TORCH:
+        return Choice(TORCH, "cpu", "Runtime: PyTorch on the processor, as the setting says; there is no other device.")
+    if device:
+        sizes = f"{needed / 1e9:.1f} GB for weights alone; {device.free_bytes / 1e9:.1f} GB are free"
+        return Choice(LLAMA_CPP, "", f"Runtime: llama.cpp, since {device.title} has too little memory ({sizes}).")
+    return Choice(LLAMA_CPP, "", "Runtime: llama.cpp, since PyTorch finds no CUDA or ROCm device.")
+
+
+def _device() -> "Device | None":
+    """PyTorch takes seconds to import, so it is only asked where a driver is to be seen."""
+    windows = sys.platform == "win32" and shutil.which("nvidia-smi")
+    if find_spec("torch") is None or not (windows or any(Path(file).exists() for file in _DEVICE_FILES)):
+        return None
+    from quire_engine.runtimes import torch_device
+
+    return torch_device.find()
+
+
+def _why_not_read(model: Gguf) -> str:
+    if any("_exps." in name for name in model.tensors):
+        return "The PyTorch runtime does not read mixtures of experts."
+    return ""
+
+
 def vocabulary(model_file: Path) -> Vocabulary:
     """The tokenizer alone: loads in milliseconds."""
     from quire_engine.runtimes.llama_context import LlamaModel
@@ -28,8 +98,16 @@ def vocabulary(model_file: Path) -> Vocabulary:
     return LlamaModel(model_file, vocabulary_only=True)
 
 
-def runtime(model_file: Path, shape: ModelShape, threads: int, stitching: bool) -> Runtime:
+def runtime(
+    model_file: Path, shape: ModelShape, threads: int, stitching: bool, choice: Choice = BY_LLAMA_CPP
+) -> Runtime:
     """The runtime with the model's weights. stitching: whether stored KV will be used with it."""
+    if choice.runtime == TORCH:
+        try:
+            from quire_engine.runtimes.torch_gpu import TorchRuntime
+        except ImportError as error:
+            raise _without_torch("The torch runtime needs", error) from error
+        return TorchRuntime.load(model_file, choice.device, threads)
     from quire_engine.runtimes.llama_context import LlamaModel
     from quire_engine.runtimes.llama_cpp import LlamaCppRuntime
 
@@ -41,9 +119,13 @@ def reference(model_file: Path) -> "Transformer":
     try:
         from quire_engine.runtimes.transformer import Transformer
     except ImportError as error:
-        raise ModelError(
-            "Precision plans need PyTorch, which is not installed here.",
-            "Install it beside Quire (pip install torch); everything else works without.",
-            repr(error),
-        ) from error
+        raise _without_torch("Precision plans need", error) from error
     return Transformer.load(model_file)
+
+
+def _without_torch(needs: str, error: ImportError) -> ModelError:
+    return ModelError(
+        f"{needs} PyTorch, which is not installed here.",
+        "Install it beside Quire (pip install torch); everything else works without.",
+        repr(error),
+    )

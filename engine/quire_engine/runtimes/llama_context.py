@@ -20,7 +20,7 @@ from quire_engine.errors import Aborted, ModelError, QuireError
 from quire_engine.types import Float32
 
 BATCH_TOKENS = 1024  # twice llama.cpp's default: 8 % faster here, docs/decisions/llama_cpp_spans.md
-_F16 = 1  # ggml_type of the KV cache; flash attention on, which also keeps V rows contiguous
+KV_F16 = 1  # ggml_type of the KV cache; flash attention on, which also keeps V rows contiguous
 _FLASH_ATTENTION_ON = 1
 _NO_ABORT = c.ggml_abort_callback(0)  # a null pointer: llama.cpp asks nobody
 _INT32 = ctypes.POINTER(ctypes.c_int32)
@@ -103,7 +103,8 @@ class LlamaModel:
 class LlamaContext:
     """One KV cache of `cells` tokens shared by `sequences` sequences. Not thread-safe."""
 
-    def __init__(self, model: LlamaModel, cells: int, sequences: int, threads: int) -> None:
+    def __init__(self, model: LlamaModel, cells: int, sequences: int, threads: int, kv_type: int = KV_F16) -> None:
+        """kv_type: ggml's number for the type of the cache."""
         self.model = model
         self.cells = cells
         self._wanted_layers: frozenset[int] = frozenset()
@@ -118,7 +119,7 @@ class LlamaContext:
         parameters.kv_unified = True
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.flash_attn_type = _FLASH_ATTENTION_ON
-        parameters.type_k = parameters.type_v = _F16
+        parameters.type_k = parameters.type_v = kv_type
         parameters.swa_full = True
         parameters.no_perf = True
         parameters.cb_eval = self._eval_callback
@@ -138,9 +139,10 @@ class LlamaContext:
             self.handle, self.cells = None, 0
 
     def decode(
-        self, tokens: Sequence[int], positions: npt.ArrayLike, sequences: npt.ArrayLike, logits: bool = False
+        self, tokens: Sequence[int], positions: npt.ArrayLike, sequences: npt.ArrayLike, scored: int = 0
     ) -> None:
-        """Computes tokens at their positions, each in its sequence (scalars broadcast). logits: of the last one.
+        """Computes tokens at their positions, each in its sequence (scalars broadcast). scored: how many of the last
+        ones give scores, at most BATCH_TOKENS.
 
         Raises Aborted when the abort check said so, ContextOverflow never (callers size the context).
         """
@@ -149,8 +151,7 @@ class LlamaContext:
         place = np.ascontiguousarray(np.broadcast_to(np.asarray(positions, dtype=np.int32), (count,)))
         owner = np.ascontiguousarray(np.broadcast_to(np.asarray(sequences, dtype=np.int32), (count,)))
         wanted = np.zeros(count, dtype=np.int8)
-        if count:
-            wanted[-1] = logits
+        wanted[count - scored :] = 1
         for start in range(0, count, self._batch_limit):
             part = slice(start, min(start + self._batch_limit, count))
             self._decode(token_ids[part], place[part], owner[part], wanted[part])
@@ -182,10 +183,13 @@ class LlamaContext:
                 f"llama_decode returned {code} for {len(tokens)} tokens in a context of {self.cells}",
             )
 
-    def logits(self) -> Float32:
-        """Scores of the next token [vocabulary], after the last decode that asked for them."""
-        pointer = c.llama_get_logits_ith(self.handle, -1)
-        return np.ctypeslib.as_array(pointer, (self.model.vocabulary_size,)).copy()
+    def scores(self, count: int) -> Float32:
+        """What follows each of the last tokens [count, vocabulary], after a decode that asked for that many."""
+        size = (self.model.vocabulary_size,)
+        found = np.empty((count, *size), np.float32)
+        for place in range(count):
+            found[place] = np.ctypeslib.as_array(c.llama_get_logits_ith(self.handle, place - count), size)
+        return found
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
         """Makes the cells of `source` at positions start..stop belong to `target` too; no data moves."""

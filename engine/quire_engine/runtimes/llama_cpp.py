@@ -19,6 +19,7 @@ from quire_engine.plan import Prompt, Span, StitchPlan
 from quire_engine.runtimes import llama_state
 from quire_engine.runtimes.llama_context import LlamaContext, LlamaModel
 from quire_engine.selection import probe as attention
+from quire_engine.selection.selectors import SPAN_TOKENS
 from quire_engine.types import Float16, Float32, ModelShape
 from quire_kernels import rope
 
@@ -35,6 +36,7 @@ class LlamaCppRuntime:
 
     name = "llama.cpp"
     tile_tokens = 64  # queries that its CPU flash attention takes at once
+    span_tokens = SPAN_TOKENS
 
     def __init__(self, model: LlamaModel, shape: ModelShape, threads: int, stitching: bool = True) -> None:
         """stitching: off for models that can only be prefilled; recurrent ones pay for every sequence."""
@@ -192,20 +194,26 @@ class LlamaCppRuntime:
         """Writes the placed rows again: the recomputed ones as they are now, the others corrected by their drift."""
         fresh = llama_state.parse(self._context.read_state(SCRATCH), self.shape)
         order = np.argsort(fresh.positions, kind="stable")
-        fresh_k_rot = [k[order] for k in fresh.k_rot]
-        drift.correct(plan, self.shape, state.k_rot, fresh_k_rot)
+        fresh_k_rot, fresh_v = ([rows[order] for rows in layers] for layers in (fresh.k_rot, fresh.v))
+        drift.correct(plan, self.shape, state.k_rot, state.v, fresh_k_rot, fresh_v)
         rows = fresh.positions[order] - self._live_tokens
         for layer in range(self.shape.layers):
             state.k_rot[layer][rows] = fresh_k_rot[layer]
-            state.v[layer][rows] = fresh.v[layer][order]
+            state.v[layer][rows] = fresh_v[layer]
         self._context.remove(SCRATCH)
         self._context.remove(PLACED)  # there is no room for two
         self._context.write_state(PLACED, state.blob)
 
     def extend(self, tokens: Sequence[int]) -> Float32:
-        self._context.decode(tokens, self._live_tokens + np.arange(len(tokens)), LIVE, logits=True)
+        return self._append(tokens, scored=1).ravel()
+
+    def scores(self, tokens: Sequence[int]) -> Float32:
+        return self._append(tokens, scored=len(tokens))
+
+    def _append(self, tokens: Sequence[int], scored: int) -> Float32:
+        self._context.decode(tokens, self._live_tokens + np.arange(len(tokens)), LIVE, scored)
         self._live_tokens += len(tokens)
-        return self._context.logits()
+        return self._context.scores(scored)
 
     def rows(self, start: int, stop: int) -> tuple[Float16, Float16]:
         return self._rows(LIVE, start, stop - start, self.shape.layers)

@@ -132,6 +132,15 @@ class Layer:
     ffn_up: Linear
     ffn_down: Linear
 
+    def projections(self, hidden: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys before RoPE, and values, [..., tokens, heads, dim], of the layer's input."""
+        x = self.attn_norm(hidden)
+        return (
+            self.attn_q_norm(_heads(self.attn_q(x), shape.heads)),
+            self.attn_k_norm(_heads(self.attn_k(x), shape.kv_heads)),
+            _heads(self.attn_v(x), shape.kv_heads),
+        )
+
     def feed_forward(self, x: Tensor) -> Tensor:
         x = self.ffn_norm(x)
         return self.ffn_down(functional.silu(self.ffn_gate(x)) * self.ffn_up(x))
@@ -146,10 +155,14 @@ class Transformer:
     output: Linear
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """All weights in float32. Raises ModelError for a file or an architecture that cannot be read."""
+    def load(cls, path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+        """All weights, as numbers of one type. Raises ModelError for a file or an architecture that cannot be read.
+
+        What stands below reads and attends in float32 on the CPU; other devices and types are for runtimes that take
+        the weights alone.
+        """
         header = gguf.read(path)
-        weights = _Weights(header)
+        weights = _Weights(header, torch.device(device), dtype)
         shape = gguf.shape(header)
         embedding = weights.tensor("token_embd.weight")
         model = cls(
@@ -211,7 +224,8 @@ class Transformer:
     def rotate(self, k_pre: Array, positions: Positions) -> Tensor:
         """Keys or queries [..., tokens, heads, dim] turned to their positions."""
         cos, sin = transfer.angles(np.asarray(positions), self.shape.rope)
-        return _rotate(_tensor(k_pre), cos, sin, self.shape.rope)
+        c, s = torch.from_numpy(cos)[:, None], torch.from_numpy(sin)[:, None]  # the same for every head
+        return turned(_tensor(k_pre), c, s, self.shape.rope)
 
     @torch.no_grad()
     def extend(self, tokens: Sequence[int], live: Growing) -> Float32:
@@ -224,11 +238,8 @@ class Transformer:
     def _layer(
         self, index: int, hidden: Tensor, positions: Positions, behind: Past | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        layer, shape = self.layers[index], self.shape
-        x = layer.attn_norm(hidden)
-        q = layer.attn_q_norm(_heads(layer.attn_q(x), shape.heads))
-        k_pre = layer.attn_k_norm(_heads(layer.attn_k(x), shape.kv_heads))
-        v = _heads(layer.attn_v(x), shape.kv_heads)
+        layer = self.layers[index]
+        q, k_pre, v = layer.projections(hidden, self.shape)
         attended = self._attend(index, self.rotate(q, positions), self.rotate(k_pre, positions), v, positions, behind)
         hidden = hidden + layer.attn_output(attended.flatten(-2))
         return hidden + layer.feed_forward(hidden), k_pre, v
@@ -262,17 +273,17 @@ def _join(past: Array, own: Tensor) -> Tensor:
     return torch.cat([rows.expand(batch, -1, -1, -1), own.expand(batch, -1, -1, -1)], dim=1)
 
 
-def _rotate(x: Tensor, cos: Float32, sin: Float32, rope: Rope) -> Tensor:
-    """x: [..., tokens, heads, dim]; cos, sin: [tokens, dims/2]. The specification is quire_kernels.rope."""
-    c, s = torch.from_numpy(cos)[:, None], torch.from_numpy(sin)[:, None]  # the same for every head
-    turned, rest = x[..., : rope.dims], x[..., rope.dims :]
+def turned(x: Tensor, cos: Tensor, sin: Tensor, rope: Rope) -> Tensor:
+    """Keys or queries [..., tokens, heads, dim] rotated by [tokens, 1, dims/2]. The specification is
+    quire_kernels.rope."""
+    first, rest = x[..., : rope.dims], x[..., rope.dims :]
     if rope.layout == "adjacent":
-        a, b = turned[..., ::2], turned[..., 1::2]
-        turned = torch.stack((a * c - b * s, b * c + a * s), dim=-1).flatten(-2)
+        a, b = first[..., ::2], first[..., 1::2]
+        pairs = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
     else:
-        a, b = turned.chunk(2, dim=-1)
-        turned = torch.cat((a * c - b * s, b * c + a * s), dim=-1)
-    return torch.cat((turned, rest), dim=-1)
+        a, b = first.chunk(2, dim=-1)
+        pairs = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((pairs, rest), dim=-1)
 
 
 def _tensor(x: Array) -> Tensor:
@@ -285,10 +296,11 @@ def _tensor(x: Array) -> Tensor:
 class _Weights:
     """The tensors of a GGUF file, dequantised one at a time; remembers which were asked for."""
 
-    def __init__(self, header: Gguf) -> None:
+    def __init__(self, header: Gguf, device: torch.device, dtype: torch.dtype) -> None:
         if reason := gguf.why_not_stitchable(header):
-            raise ModelError(reason, "The reference decoder reads Llama, Qwen2 and Qwen3 models.")
+            raise ModelError(reason, "The PyTorch decoder reads Llama, Qwen2 and Qwen3 models.")
         self._header = header
+        self._device, self._dtype = device, dtype
         self._bytes = np.memmap(header.path, np.uint8, mode="r")
         self._unread = set(header.tensors) - {"rope_freqs.weight"}  # is part of the shape
 
@@ -309,7 +321,7 @@ class _Weights:
                 repr(error),
             ) from error
         self._unread.discard(name)
-        return torch.from_numpy(numbers.reshape(entry.shape[::-1]))
+        return torch.from_numpy(numbers.reshape(entry.shape[::-1])).to(self._device, self._dtype)
 
     def linear(self, name: str) -> Linear:
         has_bias = f"{name}.bias" in self._header.tensors
@@ -327,8 +339,8 @@ class _Weights:
         if self._unread:
             some = ", ".join(sorted(self._unread)[:3])
             raise ModelError(
-                f"{self._header.name} has parts that the reference decoder does not know: {some}.",
-                "Answers are not affected; only precision plans need this decoder.",
+                f"{self._header.name} has parts that the PyTorch decoder does not know: {some}.",
+                "Answers by llama.cpp are not affected; precision plans and the torch runtime need this decoder.",
             )
 
 

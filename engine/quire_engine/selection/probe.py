@@ -13,8 +13,8 @@ from quire_kernels import attention
 
 
 def probed_layers(layers: int) -> range:
-    """The layers whose attention is read: the third quarter, so that a probe can stop before the last quarter."""
-    return range(layers // 2, max(layers // 2 + 1, layers * 3 // 4))
+    """The layers whose attention is read: the fourth fifth, so that a probe can stop before the last one."""
+    return range(layers * 3 // 5, max(layers * 3 // 5 + 1, layers * 4 // 5))
 
 
 def mass(queries: Mapping[int, Float32], k_rot: Sequence[Float16], shape: ModelShape, tokens: int) -> Float32:
