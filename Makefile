@@ -12,8 +12,9 @@ demo: install
 	$(DEMO) ask "How many litres does the barrel behind the shed hold?"
 	$(DEMO) ask "Who ground the mirror of the telescope?"
 
+# Files of tests side by side, each worker on cores of its own (tests/conftest.py).
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # Kernels against their specifications, interpreted, and compiled for devices that are not here. On a graphics device:
 # TRITON_INTERPRET=0 make test-kernels

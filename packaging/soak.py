@@ -3,8 +3,10 @@
     python packaging/soak.py --minutes 10
     python packaging/soak.py --minutes 10 --kill-every 4    the watching process is killed again and again
     python packaging/soak.py --latency 20                   only: how soon a save is searchable, and cached
+    python packaging/soak.py --give-way 20                  only: how soon caching stops when a question comes
 
-Everything happens in a temporary directory, with a generated model unless --model names one. Ends with 1 where index,
+Everything happens in a temporary directory, with a generated model unless --model names one (give way: with the model
+that comes along). Ends with 1 where index,
 catalogue and disk do not agree.
 """
 
@@ -25,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 from typing import Self
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,23 +40,9 @@ from quire_engine.kv.catalogue import Catalogue  # noqa: E402
 from tiny_gguf import write_tiny_gguf  # noqa: E402
 
 WORDS = [
-    "river",
-    "stone",
-    "lamp",
-    "harbour",
-    "seed",
-    "copper",
-    "wind",
-    "ladder",
-    "orchard",
-    "signal",
-    "winter",
-    "bread",
-    "anchor",
-    "mill",
-    "glass",
-    "rope",
-]
+    "river", "stone", "lamp", "harbour", "seed", "copper", "wind", "ladder", "orchard", "signal", "winter", "bread",
+    "anchor", "mill", "glass", "rope",
+]  # fmt: skip
 PATIENCE_S = 300.0
 
 
@@ -334,6 +322,24 @@ def latency(folder: Path, data: Path, samples: int) -> None:
         print(f"a save is {name} after {statistics.median(seconds):.2f} s (median), {max(seconds):.2f} s (longest)")
 
 
+def give_way(folder: Path, samples: int) -> None:
+    """How soon caching stops when a question comes."""
+    from quire import config
+    from quire.session import Session
+
+    took_ms = []
+    with Session(config.load()) as session:
+        session.index([session.library.add_root(folder)], lambda _: None)
+        assert not session.engine.reuse_off  # tries the model out, once
+        for number in range(samples):
+            came: list[float] = []
+            Timer(0.2 + 0.05 * number, lambda came=came: came.append(time.perf_counter())).start()  # type: ignore[misc]
+            session.cache(lambda _: None, lambda came=came: bool(came))  # type: ignore[misc]
+            took_ms.append(1000 * (time.perf_counter() - came[0]))
+        assert session.shelf.waiting, "caching was over before the question came"
+    print(f"caching gives way after {statistics.median(took_ms):.0f} ms (median), {max(took_ms):.0f} ms (longest)")
+
+
 def soak(folder: Path, home: Path, minutes: float, kill_every: float, seed: int) -> int:
     chaos, questions = Chaos(folder, seed), Questions()
     watching = Watching(folder)
@@ -380,6 +386,7 @@ def main() -> None:
     options.add_argument("--minutes", type=float, default=10)
     options.add_argument("--kill-every", type=float, default=0, metavar="SECONDS")
     options.add_argument("--latency", type=int, default=0, metavar="SAMPLES")
+    options.add_argument("--give-way", type=int, default=0, metavar="SAMPLES")
     options.add_argument("--model", type=Path)
     options.add_argument("--seed", type=int, default=1)
     wanted = options.parse_args()
@@ -390,6 +397,11 @@ def main() -> None:
             os.environ[f"QUIRE_{name.upper()}_DIR"] = str(home / name)
         model = wanted.model or write_tiny_gguf(home / "tiny.gguf", metadata={"general.name": "Tiny"})
         os.environ |= {"QUIRE_MODEL": str(model), "QUIRE_THREADS": "1", "QUIRE_CONSIDERATE": "off"}
+        if wanted.give_way:
+            os.environ["QUIRE_MODEL"] = str(wanted.model or "")
+            Chaos(folder, wanted.seed)
+            give_way(folder, wanted.give_way)
+            sys.exit(0)
         if wanted.latency:
             Chaos(folder, wanted.seed)
             latency(folder, home / "data", wanted.latency)

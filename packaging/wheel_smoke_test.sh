@@ -71,6 +71,9 @@ assert told["tokens"]["reused"] > 0, "no stored KV was used"
 assert told["answer"].strip(), "nothing was answered"
 CHECK
 
+say "quire doctor"
+"$command" doctor || fail "the doctor found something"
+
 say "uninstalling"
 uninstall
 [[ ! -e $command && ! -L $command ]] || fail "$command is still there"

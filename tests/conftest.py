@@ -9,6 +9,11 @@ from hypothesis import settings
 settings.register_profile("quire", deadline=None)  # a busy machine is no failure
 settings.load_profile("quire")
 
+# A worker of several has its own share of the cores: two models that take all of them wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    worker, workers = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[worker::workers] or os.sched_getaffinity(0))
+
 # Before anything imports Triton: its kernels run on the CPU then, interpreted, where a test forces them.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -15,7 +15,7 @@ import click
 from click_default_group import DefaultGroup
 
 from quire import __version__
-from quire.commands import bench, cache, compare, config, models, watch
+from quire.commands import bench, cache, compare, config, doctor, models, search, watch
 from quire.commands.common import (
     INTERRUPTED,
     by_question,
@@ -28,6 +28,7 @@ from quire.commands.common import (
     question_options,
     session_by,
 )
+from quire.commands.whole import ask_all
 from quire.terminal import printable
 from quire_engine.errors import QuireError
 
@@ -63,12 +64,21 @@ class _Quire(DefaultGroup, click.Group):  # type: ignore[misc]  # the second bas
 
 @click.group(cls=_Quire, default="chat", default_if_no_args=True)
 @click.version_option(__version__, prog_name="quire")
-@click.option("--runtime", help="What computes: auto, llama.cpp or torch.")
+@click.option("--runtime", help="What computes: auto, llama.cpp, torch or openai.")
 def main(runtime: str | None) -> None:
     """Chat with your own documents. Their KV is cached on disk, so the first word comes at once."""
 
 
-for _group in (cache.group, models.group, config.group, bench.group, compare.compare, watch.watch):
+for _group in (
+    cache.group,
+    models.group,
+    config.group,
+    bench.group,
+    compare.compare,
+    watch.watch,
+    search.search,
+    doctor.doctor,
+):
     main.add_command(_group)
 
 
@@ -143,11 +153,20 @@ def status(model: str | None, as_json: bool) -> None:
 @question_options(
     ("fast", "balanced", "exact"), "How near to full prefill: fast aims at KL 0.1, balanced at 0.05, exact is it."
 )
-def ask(question: str, within: Path | None, as_json: bool, **settings: Any) -> None:
-    """Answer a question from the documents, with its sources and what it took."""
+@click.option("--all", "whole", is_flag=True, help="Read every passage, not only what is found: slow, but complete.")
+def ask(question: str, within: Path | None, as_json: bool, whole: bool, **settings: Any) -> None:
+    """Answer a question from the documents, with its sources and what it took.
+
+    With --all, or the words "in all files" in it, every passage is read, and every document accounted for.
+    """
+    from quire.whole import asks_for_all
+
     place = place_of(within)
     with by_question(settings) as session, interruptible() as stop:
-        _Answering(session, as_json).show(session.ask(question, place, stop.is_set))
+        if whole or asks_for_all(question):
+            ask_all(session, question, place, stop.is_set, as_json)
+        else:
+            _Answering(session, as_json).show(session.ask(question, place, stop.is_set))
         if stop.is_set():
             sys.exit(INTERRUPTED)
 
@@ -198,7 +217,7 @@ class _Answering:
             "selector": selectors.parse(settings.selector).name,
             "dial": settings.dial if isinstance(settings.ratio, FromDial) else "custom",
             "model": engine.model_name,
-            "runtime": engine.runtime.name,
+            "runtime": engine.runtime_name,
         }
 
     def _say(self, text: str, end: str = "\n", err: bool = False, dim: bool = False) -> None:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Protocol, cast, get_args
+from urllib.parse import urlsplit
 
 from quire import paths
 from quire_engine.errors import QuireError
@@ -21,7 +22,8 @@ from quire_engine.errors import QuireError
 Dial = Literal["fast", "balanced", "exact"]
 Origin = Literal["flag", "environment", "file", "default"]
 
-_NOT_SETTINGS = ("QUIRE_DATA_DIR", "QUIRE_CACHE_DIR", "QUIRE_CONFIG_DIR")
+KEY_VARIABLE: Final = "QUIRE_OPENAI_KEY"  # never in a file
+_NOT_SETTINGS = ("QUIRE_DATA_DIR", "QUIRE_CACHE_DIR", "QUIRE_CONFIG_DIR", KEY_VARIABLE)
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class FromDial:
 
 
 @dataclass(frozen=True)
+class NoEmbedder:
+    """No embedding model was chosen: passages are found by their words."""
+
+
+@dataclass(frozen=True)
 class FromMachine:
     """No amount was chosen: a share of what this machine has."""
 
@@ -42,6 +49,7 @@ class FromMachine:
 BUNDLED: Final = BundledModel()
 FROM_DIAL: Final = FromDial()
 FROM_MACHINE: Final = FromMachine()
+NO_EMBEDDER: Final = NoEmbedder()
 
 
 class _Rule(Protocol):
@@ -135,6 +143,19 @@ class _Model:
 
 
 @dataclass(frozen=True)
+class _Embedder:
+    def read(self, value: object) -> Path | NoEmbedder:
+        if isinstance(value, NoEmbedder) or value == "":
+            return NO_EMBEDDER
+        if not isinstance(value, str | Path):
+            raise ValueError
+        return Path(value).expanduser()
+
+    def allowed(self) -> str:
+        return "the path of a GGUF file, or empty to find by words alone"
+
+
+@dataclass(frozen=True)
 class _Ratio(_Real):
     def read(self, value: object) -> float | FromDial:  # type: ignore[override]
         return FROM_DIAL if isinstance(value, FromDial) or value == "" else super().read(value)
@@ -167,7 +188,33 @@ class _Patterns:
         return "patterns with commas between them, as in .gitignore: *.md, docs/**; empty for all"
 
 
-_RUNTIMES = ("auto", "llama.cpp", "torch")
+@dataclass(frozen=True)
+class _Text:
+    """Any text, also none."""
+
+    meaning: str
+
+    def read(self, value: object) -> str:
+        if not isinstance(value, str):
+            raise ValueError
+        return value.strip()
+
+    def allowed(self) -> str:
+        return self.meaning
+
+
+@dataclass(frozen=True)
+class _Address(_Text):
+    def read(self, value: object) -> str:
+        address = super().read(value)
+        parts = urlsplit(address)
+        if address and (parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc):
+            raise ValueError
+        _ = parts.port  # ValueError where it is none
+        return address
+
+
+_RUNTIMES = ("auto", "llama.cpp", "torch", "openai")
 _PRECISIONS = ("safe", "default", "compact", "tiny", "kvmix", "fp16")
 
 HIGH_CONTRAST: Final = "high-contrast"
@@ -196,9 +243,6 @@ class Settings:
     max_tokens: Annotated[int, _Whole(1, 100_000), "longest answer"] = 256
     temperature: Annotated[float, _Real(0, 2), "0: always the likeliest word; higher: more varied"] = 0.0
     threads: Annotated[int, _Whole(0, 1024), "processor threads to compute with; 0: all cores"] = 0
-    runtime: Annotated[
-        str, _Choice(_RUNTIMES), "what computes; auto: torch where it finds a graphics device, else llama.cpp"
-    ] = "auto"
     precision: Annotated[
         str, _Choice(_PRECISIONS), "of cached KV: safe is larger, compact and tiny smaller; fp16 is not compressed"
     ] = "default"
@@ -211,6 +255,18 @@ class Settings:
     memory_gb: Annotated[
         float | FromMachine, _Memory(0, 1_000_000), "memory for KV that questions found lately, in GB; 0: none"
     ] = FROM_MACHINE
+    embedder: Annotated[
+        Path | NoEmbedder, _Embedder(), "GGUF file of an embedding model, to find by meaning too; empty: by words alone"
+    ] = NO_EMBEDDER
+    runtime: Annotated[
+        str, _Choice(_RUNTIMES), "what computes; auto: torch where it finds a graphics device, else llama.cpp"
+    ] = "auto"
+    openai_url: Annotated[
+        str, _Address("an address such as http://localhost:8000/v1"), "server that answers when the runtime is openai"
+    ] = ""
+    openai_model: Annotated[
+        str, _Text("as the server calls it; empty: the first that it lists"), "model to ask that server for"
+    ] = ""
     theme: Annotated[str, _Choice(THEMES), "colours; ansi-dark and ansi-light use the terminal's own"] = "textual-dark"
     animations: Annotated[bool, _Switch(), "whether anything on the screen moves by itself"] = True
 

@@ -69,6 +69,11 @@ class SqliteFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def check(self) -> None:
+        """Reads all of it. Raises QuireError where SQLite finds it damaged."""
+        if (found := self._rows("PRAGMA quick_check(1)")[0][0]) != "ok":
+            raise self._damaged(sqlite3.DatabaseError(found))
+
     # Opening
 
     def _enable_wal(self) -> None:

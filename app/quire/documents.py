@@ -62,13 +62,15 @@ _HEAD_BYTES = 8192  # enough to tell a binary file before reading the rest
 
 @dataclass(frozen=True)
 class File:
-    """A file's bytes, read once. sha256: of them."""
+    """A file's bytes, read once. sha256: of them.  changed_ns: when anything about the file was last changed, which
+    unlike mtime_ns nobody can set."""
 
     path: Path
     data: bytes
     sha256: str
     size_bytes: int
     mtime_ns: int
+    changed_ns: int
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def read_file(path: Path, max_bytes: int) -> File:
         raise Unreadable("permission denied", "Give yourself the right to read it.") from error
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror or error}", "Check the disk and the file.") from error
-    return File(path, data, hashlib.sha256(data).hexdigest(), status.st_size, status.st_mtime_ns)
+    return File(path, data, hashlib.sha256(data).hexdigest(), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _remedy(suffix: str) -> str:

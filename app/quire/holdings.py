@@ -99,7 +99,18 @@ def verify(
     progress: bytes read, of how many.
     """
     catalogue.look()
-    entries, damaged = catalogue.entries(), list[Damaged]()
+    return check(catalogue, catalogue.entries(), keep, progress, should_stop)
+
+
+def check(
+    catalogue: Catalogue,
+    entries: Sequence[Entry],
+    keep: bool,
+    progress: Callable[[int, int], None],
+    should_stop: Callable[[], bool],
+) -> Checked:
+    """As verify, but only these."""
+    damaged: list[Damaged] = []
     done_bytes, total_bytes, count = 0, sum(entry.size_bytes for entry in entries), 0
     progress(0, total_bytes)
     for entry in entries:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pathspec import GitIgnoreSpec
+from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern
 
 NAMES = (".quireignore", ".gitignore")  # the first outranks the second
 _MOST_BYTES = 1_000_000  # of a file of patterns; Git's own limit is larger, and nobody writes one
@@ -25,12 +26,12 @@ class Rules:
     def __init__(self, root: Path, include: str = "") -> None:
         """include: patterns with commas between them; a file must match one of them, unless there is none."""
         self._root = str(root)
-        self._include = _spec(patterns(include))
-        self._specs: dict[str, GitIgnoreSpec | None] = {}
+        self._include = GitIgnoreSpec.from_lines(patterns(include)) if patterns(include) else None
+        self._files: dict[str, list[_Line]] = {}
 
     def forget(self) -> None:
         """The files are read anew when next needed."""
-        self._specs = {}
+        self._files = {}
 
     def keeps(self, entry: os.DirEntry[str]) -> bool:
         """Whether a file or folder is used, given that the folder around it is."""
@@ -49,10 +50,10 @@ class Rules:
         slash = "/" if folder else ""
         for name in NAMES:
             for around in self._around(path):
-                if spec := self._read(os.path.join(around, name)):
-                    verdict = spec.check_file(self._below(around, path) + slash).include
-                    if verdict is not None:
-                        return verdict
+                below = self._below(around, path) + slash
+                for line in self._lines(os.path.join(around, name)):
+                    if line.matches(below):
+                        return line.ignores
         return False
 
     def _around(self, path: str) -> Iterator[str]:
@@ -63,11 +64,31 @@ class Rules:
     def _below(self, folder: str, path: str) -> str:
         return os.path.relpath(path, folder).replace(os.sep, "/")
 
-    def _read(self, file: str) -> GitIgnoreSpec | None:
-        specs = self._specs
-        if file not in specs:
-            specs[file] = _spec(_lines(file))
-        return specs[file]
+    def _lines(self, file: str) -> "list[_Line]":
+        """The last one first: it decides."""
+        files = self._files
+        if file not in files:
+            files[file] = _understood(_read(file))[::-1]
+        return files[file]
+
+
+class _Line:
+    """One pattern, asked as Git does: about a file or folder itself, after all folders around it. (GitIgnoreSpec asks
+    about all of them at once, which differs where a later line brings a folder back.)"""
+
+    def __init__(self, text: str) -> None:
+        """Raises ValueError for what is no pattern."""
+        self._pattern = GitIgnoreSpecPattern(text)
+        self._by_name = "/" not in text.strip().removesuffix("/")
+        self.ignores = bool(self._pattern.include)
+
+    def matches(self, path: str) -> bool:
+        """path: below the folder of the file, with a slash behind folders."""
+        asked = path[path.rfind("/", 0, -1) + 1 :] if self._by_name else path
+        if self._pattern.include is None or not (found := self._pattern.match_file(asked)):
+            return False
+        # pathspec names the slash behind a folder that matched: here it must be the last one.
+        return all(slash in (-1, len(asked)) for slash in map(found.match.end, found.match.groupdict()))
 
 
 def patterns(include: str) -> list[str]:
@@ -80,16 +101,15 @@ def check(lines: Iterable[str]) -> None:
     GitIgnoreSpec.from_lines(lines)
 
 
-def _spec(lines: list[str]) -> GitIgnoreSpec | None:
+def _understood(lines: Iterable[str]) -> list[_Line]:
     understood = []
     for line in lines:
         with suppress(ValueError):
-            check([line])
-            understood.append(line)
-    return GitIgnoreSpec.from_lines(understood) if understood else None
+            understood.append(_Line(line))
+    return understood
 
 
-def _lines(file: str) -> list[str]:
+def _read(file: str) -> list[str]:
     """Of a regular file alone, and not through a link, which may lead out of the folder."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with suppress(OSError), open(os.open(file, flags), "rb") as opened:

@@ -113,7 +113,6 @@ class _Pass:
         self._parser = parser
         self._roots = library.roots()
         self._rules = {root: Rules(root, settings.include) for root in self._roots}
-        self._named: frozenset[Path] = frozenset()  # files that somebody says are different, whatever their time says
         self._known = {document.path: document for document in library.documents()}
         self._origins: dict[str, list[Path]] = {}  # vanished files by their content
         self._changes: list[Change] = []
@@ -121,7 +120,6 @@ class _Pass:
         self._unchanged = 0
 
     def run(self, roots: Sequence[Path], progress: Callable[[IndexProgress], None]) -> IndexReport:
-        self._named = frozenset(roots) - frozenset(self._roots)
         # An unplugged disk is not a deleted folder: of a root that is not there, everything is kept.
         present = [root for root in roots if os.path.lexists(self._root_of(root))]
         files = list(dict.fromkeys(file for root in present for file in self._files(root)))
@@ -165,7 +163,7 @@ class _Pass:
     def _index(self, path: Path, waiting: Callable[[], None]) -> None:
         signature = self._signature(path)
         known = self._known.get(path)
-        if known and known.signature == signature and path not in self._named and _same_stamp(path, known):
+        if known and known.signature == signature and _same_stamp(path, known):
             self._unchanged_since(known)
             return
         try:
@@ -174,7 +172,7 @@ class _Pass:
             self._skip(StoredDocument(path, 0, 0, "", "", "skipped", error.reason, error.remedy))
             return
         if known and known.sha256 == file.sha256 and known.signature == signature:
-            self._library.restamp(path, file.size_bytes, file.mtime_ns)
+            self._library.restamp(path, file.size_bytes, file.mtime_ns, file.changed_ns)
             self._unchanged_since(known)
             return
         try:
@@ -183,7 +181,7 @@ class _Pass:
             # With what it was read from, so that it is not tried again before it changes.
             read = ("", "") if isinstance(error, NotNow) else (file.sha256, signature)
             stamp = (file.size_bytes, file.mtime_ns)
-            self._skip(StoredDocument(path, *stamp, *read, "skipped", error.reason, error.remedy))
+            self._skip(StoredDocument(path, *stamp, *read, "skipped", error.reason, error.remedy, file.changed_ns))
             return
         self._store(file, signature, passages)
 
@@ -196,7 +194,10 @@ class _Pass:
     def _store(self, file: File, signature: str, passages: Sequence[Passage]) -> None:
         known = self._known.get(file.path)
         new = self._library.replace_document(
-            StoredDocument(file.path, file.size_bytes, file.mtime_ns, file.sha256, signature), passages
+            StoredDocument(
+                file.path, file.size_bytes, file.mtime_ns, file.sha256, signature, changed_ns=file.changed_ns
+            ),
+            passages,
         )
         kind: ChangeKind = "changed" if known and known.state == "indexed" else "added"
         if known and kind == "changed" and known.sha256 == file.sha256:
@@ -241,7 +242,8 @@ def _same_stamp(file: Path, known: StoredDocument) -> bool:
         status = os.stat(file)
     except OSError:
         return False  # reading it will say why
-    return (status.st_size, status.st_mtime_ns) == (known.size_bytes, known.mtime_ns)
+    stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return stamp == (known.size_bytes, known.mtime_ns, known.changed_ns)
 
 
 def _storable(file: Path) -> bool:

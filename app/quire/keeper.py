@@ -104,7 +104,7 @@ class Keeper:
         self._edits: tuple[Edit, ...] = ()  # the newest first
         self._watcher: Watcher | None = None
         self._watched: list[Path] = []
-        self._considerate = True
+        self._session: Session | None = None  # for its settings, which may change at any time
         self._speed = _Speed()
         self._rest_until = self._asked_until = self._looked_at = 0.0
         self.wanted = False
@@ -149,9 +149,13 @@ class Keeper:
             return Hold("", self._rest_until - now)  # others keep the machine busy
         return None
 
+    @property
+    def _considerate(self) -> bool:
+        return self._session is not None and self._session.settings.considerate
+
     def opened(self, session: "Session") -> None:
         """A session was opened, perhaps with another model than before."""
-        self._unread, self._unlisted = session.library.roots(), True
+        self._session, self._unread, self._unlisted = session, session.library.roots(), True
 
     def look_for_roots(self, session: "Session") -> None:
         """What another process added or removed meanwhile is kept from now on, or no longer."""
@@ -296,7 +300,6 @@ class Keeper:
         if reason:
             self._host.off(reason)
             return
-        self._considerate = session.settings.considerate
 
         def progress(state: "CacheProgress") -> None:
             self._edits = tuple(_cached(edit, state) for edit in self._edits)
@@ -306,6 +309,9 @@ class Keeper:
                 self._rest_until = time.monotonic() + min(state.took_ms / 1000, _LONGEST_REST_SECONDS)
             self._host.estimate(self._speed.left_ms(state) * (2 if busy else 1))
 
+        self._speed.begin()
+        for vectors in session.vectors:  # finding comes first
+            vectors.complete(lambda _done, _total: None, self._host.yields)
         done = session.shelf.cache(progress, lambda: self._host.yields() or self.hold is not None)
         self.wanted = done.done < done.total and not done.over_budget
         self._host.budget(done.over_budget)
@@ -324,12 +330,19 @@ class _Speed:
     """Turns progress into an estimate, by what caching took lately; what was cached before does not flatter it."""
 
     def __init__(self) -> None:
-        self._tokens = self._ms = 0.0
-        self._done = 0
+        self._tokens = self._seconds = 0.0
+        self._last: CacheProgress | None = None
+        self._at = 0.0
+
+    def begin(self) -> None:
+        """The time since the last progress was spent on something else."""
+        self._last = None
 
     def left_ms(self, state: "CacheProgress") -> float:
-        if state.took_ms:
-            self._tokens = _REMEMBERED * self._tokens + state.tokens_done - self._done
-            self._ms = _REMEMBERED * self._ms + state.took_ms
-        self._done = state.tokens_done
-        return self._ms / self._tokens * (state.tokens_total - state.tokens_done) if self._tokens > 0 else 0.0
+        now = time.monotonic()
+        if self._last:
+            self._tokens = _REMEMBERED * self._tokens + state.tokens_done - self._last.tokens_done
+            self._seconds = _REMEMBERED * self._seconds + now - self._at
+        self._last, self._at = state, now
+        left = state.tokens_total - state.tokens_done
+        return 1000 * self._seconds / self._tokens * left if self._tokens > 0 else 0.0

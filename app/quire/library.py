@@ -8,7 +8,6 @@ Safe for several processes at once; within a process each thread opens a Library
 import json
 import os
 import sqlite3
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -18,6 +17,7 @@ from typing import Any, Final, Literal
 
 from sqlite_utils import Database, Migrations
 
+from quire import word_search
 from quire.chunking import Passage
 from quire.database import SqliteFile, Wording
 from quire_engine.errors import QuireError
@@ -28,15 +28,7 @@ _WORDING = Wording(
     if_damaged="Delete it; it is made again from your files. Cached work is not lost.",
     if_unusable="Check free space and permissions. If that does not help, delete it: it is made again.",
 )
-_WEIGHTS = "1.0, 2.0, 2.0"  # of a word in the text, in the heading, in the file name
 _MOST_ARGUMENTS = 500  # of one statement
-_MOST_WORDS = 200  # of a question: a pasted page is found by fewer
-_ENGLISH = """
-a about am an and any are as at be been but by can could did do does for from had has have how i if in into is
-it its me my no not of on or our please should so some such tell than that the their them then there these
-they this to us was we were what when where which while who whom whose why will with would you your
-"""
-_STOPWORDS = frozenset(_ENGLISH.split())
 
 
 @dataclass(frozen=True)
@@ -45,6 +37,7 @@ class Everywhere:
 
 
 EVERYWHERE: Final = Everywhere()
+Within = Path | Sequence[Path] | Everywhere
 
 
 @dataclass(frozen=True)
@@ -52,6 +45,7 @@ class StoredDocument:
     """A file as the index knows it.
 
     sha256: of its bytes.  signature: how it was cut.  reason, remedy: why it was skipped, else empty.
+    changed_ns: when anything about the file was last changed, which unlike mtime_ns nobody can set.
     """
 
     path: Path
@@ -62,6 +56,7 @@ class StoredDocument:
     state: Literal["indexed", "skipped"] = "indexed"
     reason: str = ""
     remedy: str = ""
+    changed_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,6 +130,21 @@ def create_place(db: Database) -> None:
         """CREATE VIEW places AS SELECT passages.id, document, path, name, ordinal, chunk, text, tokens,
             start_line, end_line, heading, place FROM passages
             JOIN chunks ON chunks.id = chunk JOIN documents ON documents.id = document"""
+    )
+
+
+@_migrations()
+def create_changed(db: Database) -> None:
+    """When a file was last changed, by a clock that nobody sets back for it."""
+    db.execute("ALTER TABLE documents ADD COLUMN changed_ns INTEGER NOT NULL DEFAULT 0")
+
+
+@_migrations()
+def create_vectors(db: Database) -> None:
+    """Version 4. Rows are numbered on and on, so that what came is found without comparing all."""
+    db.execute(
+        """CREATE TABLE vectors (id INTEGER PRIMARY KEY AUTOINCREMENT, embedder TEXT NOT NULL,
+            chunk TEXT NOT NULL REFERENCES chunks ON DELETE CASCADE, vector BLOB NOT NULL, UNIQUE (chunk, embedder))"""
     )
 
 
@@ -228,12 +238,12 @@ class Library(SqliteFile):
             self._drop_orphans(old_chunks)
         return new
 
-    def restamp(self, path: Path, size_bytes: int, mtime_ns: int) -> None:
+    def restamp(self, path: Path, size_bytes: int, mtime_ns: int, changed_ns: int = 0) -> None:
         """Notes that a file was touched without being changed."""
         with self._writing():
             self._db.execute(
-                "UPDATE documents SET size_bytes = ?, mtime_ns = ? WHERE path = ?",
-                [size_bytes, mtime_ns, str(path)],
+                "UPDATE documents SET size_bytes = ?, mtime_ns = ?, changed_ns = ? WHERE path = ?",
+                [size_bytes, mtime_ns, changed_ns, str(path)],
             )
 
     def forget(self, path: Path) -> None:
@@ -244,7 +254,8 @@ class Library(SqliteFile):
     def documents(self) -> list[StoredDocument]:
         """All documents, skipped ones included, ordered by path."""
         rows = self._rows(
-            "SELECT path, size_bytes, mtime_ns, sha256, signature, state, reason, remedy FROM documents ORDER BY path"
+            "SELECT path, size_bytes, mtime_ns, sha256, signature, state, reason, remedy, changed_ns"
+            " FROM documents ORDER BY path"
         )
         return [StoredDocument(Path(path), *rest) for path, *rest in rows]
 
@@ -299,32 +310,79 @@ class Library(SqliteFile):
                 [(cache, address, chunk) for chunk, address in addresses.items()],
             )
 
+    # Vectors
+
+    def without_vector(self, embedder: str) -> list[str]:
+        """The ids of the chunks that this embedder gave no vector yet."""
+        has = "SELECT 1 FROM vectors WHERE chunk = chunks.id AND embedder = ?"
+        return [chunk for (chunk,) in self._rows(f"SELECT id FROM chunks WHERE NOT EXISTS ({has})", [embedder])]
+
+    def note_vectors(self, embedder: str, vectors: Mapping[str, bytes]) -> None:
+        """Keeps vectors by the ids of their chunks; of a chunk that is gone, none."""
+        with self._writing():
+            self._many(
+                "INSERT OR REPLACE INTO vectors (embedder, chunk, vector) SELECT ?, id, ? FROM chunks WHERE id = ?",
+                [(embedder, vector, chunk) for chunk, vector in vectors.items()],
+            )
+
+    def vectors(self, embedder: str, after: int = 0) -> list[tuple[int, str, bytes]]:
+        """Row, chunk and vector, of the rows after that one."""
+        sql = "SELECT id, chunk, vector FROM vectors WHERE id > ? AND embedder = ? ORDER BY id"
+        return self._rows(sql, [after, embedder])
+
+    def hits(self, scores: Mapping[str, float], within: Within = EVERYWHERE) -> list[Hit]:
+        """These chunks, each at its first place in there, in the given order; those that are not there are left out."""
+        scopes = _scopes(within)
+        with self._reading():
+            rows = self._rows(
+                "SELECT chunk, passages.id, path FROM passages JOIN documents ON documents.id = document"
+                " WHERE chunk IN (SELECT value FROM json_each(?)) ORDER BY path, ordinal",
+                [json.dumps(list(scores))],
+            )
+            first: dict[str, int] = {}
+            for chunk, place, path in rows:
+                if not scopes or os.path.join(path, "").startswith(tuple(scopes)):
+                    first.setdefault(chunk, place)
+            return [self._hit(first[chunk], score) for chunk, score in scores.items() if chunk in first]
+
     # Search
 
-    def search(self, question: str, limit: int, within: Path | Sequence[Path] | Everywhere = EVERYWHERE) -> list[Hit]:
+    def search(self, question: str, limit: int, within: Within = EVERYWHERE) -> list[Hit]:
         """The chunks that share words with the question, best first (BM25), each once.
 
         The heading and the file name count too. within: files, and folders for everything below them.
         """
-        query = _match_expression(question)
-        if not query:
+        if within == []:
             return []
         with self._reading():
-            # Ranked without their text: a common word would bring along most of the library.
-            rows = self._rows(
-                f"SELECT words.rowid, chunk, bm25(words, {_WEIGHTS}) AS score FROM words"
-                " JOIN passages ON passages.id = words.rowid JOIN documents ON documents.id = document"
-                " WHERE words MATCH ? AND EXISTS"
-                " (SELECT 1 FROM json_each(?) WHERE substr(documents.path || '/', 1, length(value)) = value)"
-                " ORDER BY score, path, ordinal",
-                [query, json.dumps(_scopes(within))],
-            )
             best: dict[str, tuple[int, float]] = {}
-            for place, chunk, score in rows:
-                best.setdefault(chunk, (place, -score))
+            for _, same in groupby(word_search.ranked(self._rows, question, _scopes(within)), key=itemgetter(1)):
+                if len(best) >= limit:
+                    break
+                for place, chunk, score in self._in_order(dict(same)):
+                    best.setdefault(chunk, (place, score))
             return [self._hit(place, score) for place, score in list(best.values())[: max(0, limit)]]
 
+    def neighbours(self, hit: Hit) -> list[Hit]:
+        """The passages right before and after a hit in its document, as far as there are any. They score nothing."""
+        rows = self._rows(
+            "SELECT other.id FROM places AS this JOIN passages AS other ON other.document = this.document"
+            " WHERE this.path = ? AND this.chunk = ? AND this.start_line = ?"
+            " AND other.ordinal IN (this.ordinal - 1, this.ordinal + 1) ORDER BY other.ordinal",
+            [str(hit.path), hit.chunk_id, hit.start_line],
+        )
+        return [self._hit(place, 0.0) for (place,) in rows]
+
     # Inside
+
+    def _in_order(self, scores: Mapping[int, float]) -> list[tuple[int, str, float]]:
+        """Places with their chunks and scores, ordered by path and position."""
+        rows = self._rows(
+            "SELECT passages.id, chunk FROM passages JOIN documents ON documents.id = document"
+            " WHERE passages.id IN (SELECT value FROM json_each(?)) ORDER BY path, ordinal",
+            [json.dumps(list(scores))],
+        )
+        return [(place, chunk, scores[place]) for place, chunk in rows]
 
     def _hit(self, place: int, score: float) -> Hit:
         [(path, p)] = self._places("id = ?", place)
@@ -375,17 +433,9 @@ def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
         yield group
 
 
-def _scopes(within: Path | Sequence[Path] | Everywhere) -> list[str]:
-    """What the paths begin with, a slash behind them."""
+def _scopes(within: Within) -> list[str]:
+    """What the paths begin with, a slash behind them; none means everywhere."""
     if isinstance(within, Everywhere):
-        return [""]
+        return []
     places = [within] if isinstance(within, Path) else within
     return [os.path.join(place.expanduser().resolve(), "") for place in places]
-
-
-def _match_expression(question: str) -> str:
-    """The question's words as an FTS5 query, each quoted, joined by OR; empty when it has none."""
-    spaced = "".join(c if c.isalnum() or c == "_" or unicodedata.combining(c) else " " for c in question)
-    words = dict.fromkeys(spaced.lower().split())
-    chosen = [word for word in words if word not in _STOPWORDS] or list(words)
-    return " OR ".join(f'"{word}"' for word in chosen[:_MOST_WORDS])

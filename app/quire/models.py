@@ -38,18 +38,26 @@ _LOOKED_AT = 50
 
 @dataclass(frozen=True)
 class Known:
-    """A model of assets/models.toml. source: repository and file.  everyday: quick enough without a graphics card."""
+    """A model of assets/models.toml. source: repository and file.  billions: of weights.  everyday: quick enough
+    without a graphics card.  restricted: its licence forbids some uses, so it is not recommended."""
 
     name: str
     title: str
     source: str
     size_gb: float
+    billions: float
     licence: str
     everyday: bool
+    restricted: bool = False
 
     @property
     def size_bytes(self) -> int:
         return int(1e9 * self.size_gb)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it takes to answer with it on the processor."""
+        return self.size_bytes + _WORK_BYTES
 
     @property
     def path(self) -> Path:
@@ -137,8 +145,13 @@ def known() -> tuple[Known, ...]:
 
 
 def recommended(memory: int | None = None) -> Known | None:
-    """The best everyday model that leaves room for other programs; None on a very small machine."""
-    fitting = [model for model in known() if model.everyday and fits(2 * model.size_bytes, memory)]
+    """The best everyday model that leaves room for other programs; None on a very small machine.
+
+    Knows nothing of graphics devices, which take seconds to ask for: see `quire.advice`.
+    """
+    fitting = [
+        model for model in known() if model.everyday and not model.restricted and fits(2 * model.size_bytes, memory)
+    ]
     return fitting[-1] if fitting else None
 
 

@@ -25,11 +25,13 @@ class Overview:
     written_bytes: int
     model: str
     reuse_off: str
+    finds_by: str
 
     def lines(self) -> list[str]:
         lines = [f"Model      {printable(self.model)}"]
         if self.reuse_off:
             lines.append(f"           {printable(self.reuse_off)} Questions are answered by full prefill.")
+        lines.append(f"Finding    {self.finds_by}")
         lines += [f"Folder     {render.path_from_here(root)}" for root in self.roots]
         if not self.roots:
             lines.append("Folder     none yet. Add one: quire add ~/notes")
@@ -53,6 +55,7 @@ class Overview:
             "written_bytes": self.written_bytes,
             "model": self.model,
             "reuse_off": self.reuse_off,
+            "finding": self.finds_by,
             "skipped": [{"path": str(d.path), "reason": d.reason, "remedy": d.remedy} for d in self.skipped],
         }
 
@@ -74,4 +77,5 @@ def of(session: Session) -> Overview:
         written_bytes=usage.total_written_bytes,
         model=engine.model_name,
         reuse_off=engine.known_reuse_off,
+        finds_by=session.finds_by,
     )

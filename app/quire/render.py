@@ -124,7 +124,13 @@ def truth_line(found: Found, forecast: Forecast, answered: Answered) -> str:
         if spared(answered):
             line += f", full prefill about {duration(forecast.full_prefill_ms)}"
     against = f" | {saved}" if tokens.kept and (saved := saved_line(forecast, answered)) else ""
-    return line + against + (f" | {speed(answered):.0f} tokens/s" if speed(answered) else "")
+    return line + against + cached_first_part(found) + (f" | {speed(answered):.0f} tokens/s" if speed(answered) else "")
+
+
+def cached_first_part(found: Found) -> str:
+    """Whether what is stored decided between equally good passages; empty when it did not."""
+    passages = "1 passage" if found.cached_first == 1 else f"{found.cached_first} passages"
+    return f" | {passages} before equally good ones, being cached" if found.cached_first else ""
 
 
 def spared(answered: Answered) -> bool:
@@ -193,6 +199,7 @@ def answer_json(text: str, found: Found, forecast: Forecast, answered: Answered,
             "full_prefill_ms": round(forecast.full_prefill_ms, 3),
         },
         "ratio": answered.ratio,
+        "cached_first": found.cached_first,
         "reason": forecast.reason,
         "ending": answered.ending,
         **about,

@@ -3,24 +3,28 @@
 Knows neither screen nor command line; both call it in the same way.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quire import paths
-from quire.config import FromDial, FromMachine, Settings
+from quire.config import KEY_VARIABLE, FromDial, FromMachine, NoEmbedder, Settings
+from quire.embedding import Vectors, embedder_of
 from quire.idle import asking
 from quire.indexer import IndexProgress, IndexReport, index_roots
-from quire.library import EVERYWHERE, Everywhere, Hit, Library
+from quire.library import EVERYWHERE, Everywhere, Hit, Library, Within
 from quire.mentions import Mentions, Places
 from quire.model_files import model_file
+from quire.retrieval import Findings, Retriever
 from quire.shelf import CacheProgress, Shelf
 from quire_engine.engine import Engine, EngineSettings, Request, never
 from quire_engine.errors import QuireError
 from quire_engine.generate import Sampling
 from quire_engine.kv import pools
 from quire_engine.prompt import Wording
+from quire_engine.runtimes.openai import Server
 from quire_engine.types import Event, Exchange
 
 _MOST_HITS = 40  # more passages than any context holds
@@ -30,10 +34,13 @@ _CALIBRATION_WORDS = 130  # a passage of some 180 tokens
 
 @dataclass(frozen=True)
 class Found:
-    """The passages that go into the prompt, best first, and how long finding them took."""
+    """The passages that go into the prompt, best first, and how long finding them took.
+
+    cached_first: passages that come before equally good ones because their KV is stored."""
 
     sources: tuple[Hit, ...]
     search_ms: float
+    cached_first: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,11 @@ class NothingFound(QuireError):
     """No passage fits the question's words."""
 
 
+def server_of(settings: Settings) -> Server:
+    """The server that answers when the runtime is openai; its key is read from the environment alone."""
+    return Server(settings.openai_url, settings.openai_model, os.environ.get(KEY_VARIABLE, ""))
+
+
 class Session:
     """The library and one model, opened when first needed. Not thread-safe; close it, or use it with `with`."""
 
@@ -60,6 +72,7 @@ class Session:
         self.library = Library(paths.data_dir() / "index.sqlite")
         self._engine: Engine | None = None
         self._shelf: Shelf | None = None
+        self._vectors: tuple[Vectors, ...] = ()
 
     @property
     def engine(self) -> Engine:
@@ -72,7 +85,8 @@ class Session:
         s = self.settings
         wording = Wording((paths.assets() / "system_prompt.txt").read_text().strip())
         folders = (paths.data_dir() / "profiles", Path(str(paths.assets() / "profiles")))
-        engine_settings = EngineSettings(wording, s.threads, s.precision, s.chunk_tokens, folders, s.runtime)
+        server = server_of(s)
+        engine_settings = EngineSettings(wording, s.threads, s.precision, s.chunk_tokens, folders, s.runtime, server)
         return Engine(model_file(s.model), cache_dir, engine_settings)
 
     def __enter__(self) -> "Session":
@@ -96,9 +110,20 @@ class Session:
         return index_roots(self.library, roots, engine.count_tokens, engine.tokenizer_id, settings, progress)
 
     def cache(self, progress: Callable[[CacheProgress], None], should_stop: Callable[[], bool]) -> CacheProgress:
-        """Stores the KV of every chunk in the library that is not stored yet, as far as the disk budget goes."""
+        """Stores the KV of every chunk in the library that is not stored yet, as far as the disk budget goes; before
+        that the vectors, where there is an embedding model, because finding comes first."""
+        for vectors in self.vectors:
+            vectors.complete(lambda _done, _total: None, should_stop)
         self.shelf.refresh()
         return self.shelf.cache(progress, should_stop)
+
+    @property
+    def vectors(self) -> tuple[Vectors, ...]:
+        """What finds by meaning: one where an embedding model was chosen, opened when first needed; else none."""
+        file = self.settings.embedder
+        if not self._vectors and not isinstance(file, NoEmbedder):
+            self._vectors = (Vectors(self.library, embedder_of(file, self.settings.threads)),)
+        return self._vectors
 
     @property
     def shelf(self) -> Shelf:
@@ -140,8 +165,8 @@ class Session:
         _ = self.engine  # opening a model is not searching
         began = time.perf_counter()
         asked = self.read(question)
-        sources = self._passages(asked, within, history)
-        yield Found(tuple(sources), 1000 * (time.perf_counter() - began))
+        sources, cached_first = self._passages(asked, within, history)
+        yield Found(tuple(sources), 1000 * (time.perf_counter() - began), cached_first)
         written_before = self.engine.written_bytes
         with asking(paths.data_dir()):
             yield from self.engine.answer(self.request(asked.question, sources, self._spoken(history)), should_stop)
@@ -157,7 +182,7 @@ class Session:
         if alone >= room:
             return Estimate(alone, alone, room, 0.0, too_long=True)
         try:
-            sources = self._passages(asked, EVERYWHERE, history)
+            sources, _ = self._passages(asked, EVERYWHERE, history)
         except QuireError:
             return Estimate(alone, alone, room, 0.0)
         request = self.request(asked.question, sources, self._spoken(history))
@@ -169,16 +194,18 @@ class Session:
         reused = forecast.kept_tokens + int((new - forecast.missing_tokens) * (1 - forecast.ratio))
         return Estimate(total, total - reused, room, forecast.first_token_ms)
 
-    def _passages(self, asked: Mentions, within: Path | Everywhere, history: Sequence[Exchange] | None) -> list[Hit]:
-        """What is found, on its way into memory; in a conversation that may be nothing."""
+    def _passages(
+        self, asked: Mentions, within: Path | Everywhere, history: Sequence[Exchange] | None
+    ) -> tuple[list[Hit], int]:
+        """What is found, on its way into memory; in a conversation that may be nothing. And `Found.cached_first`."""
         try:
-            found = self.find(asked.question, asked.paths or within)
+            found, cached_first = self._find(asked.question, asked.paths or within)
         except NothingFound:
             if history:
-                return []
+                return [], 0
             raise
         self._prefetch([hit.text for hit in found], history or ())
-        return found
+        return found, cached_first
 
     def _prefetch(self, passages: Sequence[str], history: Sequence[Exchange]) -> None:
         """Begins to read what does not stand in the context yet, while a question is typed or prepared."""
@@ -199,20 +226,40 @@ class Session:
             return None
         return tuple(replace(e, question=self.read(e.question).question) for e in history)
 
-    def find(self, question: str, within: Path | Sequence[Path] | Everywhere = EVERYWHERE) -> list[Hit]:
+    def find(self, question: str, within: Within = EVERYWHERE) -> list[Hit]:
         """The passages that fit the context, best first."""
-        if not question.strip():
-            raise QuireError("There is no question.", 'Type it in quotes: quire ask "What is ...?"')
-        if not self.library.roots():
-            raise QuireError("No folder was added yet.", "Add one: quire add ~/notes")
-        sources = self._fitting(self.library.search(question, _MOST_HITS, within))
+        return self._find(question, within)[0]
+
+    def _find(self, question: str, within: Within) -> tuple[list[Hit], int]:
+        findings = self.look(question, within, _MOST_HITS)
+        sources = self._fitting(findings.in_order)
         if not sources:
             where = "your documents" if isinstance(within, Everywhere) else _listed(within)
             raise NothingFound(
                 f"Nothing in {where} matches the words of the question.",
                 "Use words that stand in the documents, or see what was read: quire status",
             )
-        return sources
+        return sources, findings.cached_first
+
+    def look(self, question: str, within: Within, limit: int) -> Findings:
+        """What the library says about it, without regard to what fits the context."""
+        if not question.strip():
+            raise QuireError("There is no question.", 'Type it in quotes: quire ask "What is ...?"')
+        if not self.library.roots():
+            raise QuireError("No folder was added yet.", "Add one: quire add ~/notes")
+        retriever = Retriever(self.library, self.vectors, self._is_cached)
+        return retriever.search(question, limit, within)
+
+    @property
+    def finds_by(self) -> str:
+        """How passages are found, in words."""
+        return "by words alone" if isinstance(self.settings.embedder, NoEmbedder) else "by words and meaning"
+
+    def _is_cached(self, passage: str) -> bool:
+        """Whether its stored KV would spare something; False while no model is open, so that searching needs none."""
+        if self._engine is None or self._engine.known_reuse_off:
+            return False
+        return self._ratio < 1 and self._engine.is_cached(passage)
 
     def read(self, question: str) -> Mentions:
         """The question as the model gets it, and the places that it names."""

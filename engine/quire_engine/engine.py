@@ -30,6 +30,7 @@ from quire_engine.prefill import Prefill
 from quire_engine.prompt import PromptWriter, Wording
 from quire_engine.runtimes import choose
 from quire_engine.runtimes.base import SCRATCH_TOKENS, Runtime
+from quire_engine.runtimes.openai import Ended, Message, Server
 from quire_engine.selection import deviation, quality, selectors, sensitivity
 from quire_engine.selection.quality import Curve
 from quire_engine.selection.ratio import Ratios
@@ -51,7 +52,8 @@ def never() -> bool:
 class EngineSettings:
     """wording: system prompt and the words around documents.  threads: 0 takes all cores.  precision: of stored keys
     and values, one of `plans.NAMES`.  chunk_tokens: the longest passage; models with a short context get less.
-    profiles: folders with precision profiles of models; new ones go into the first.  runtime: one of `choose.NAMES`."""
+    profiles: folders with precision profiles of models; new ones go into the first.  runtime: one of `choose.NAMES`.
+    server: that answers when the runtime is openai."""
 
     wording: Wording
     threads: int = 0
@@ -59,6 +61,7 @@ class EngineSettings:
     chunk_tokens: int = 512
     profiles: tuple[Path, ...] = ()
     runtime: str = choose.AUTO
+    server: Server = field(default_factory=Server)
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Engine:
         self.shape = gguf.shape(self._model)
         self.vocabulary = choose.vocabulary(model_file)
         self.choice = choose.choose(settings.runtime, self._model)
+        self._server = settings.server.checked() if self.choice.runtime == choose.OPENAI else None
         template = str(self._model.metadata.get("tokenizer.chat_template", ""))
         self._writer = PromptWriter(self.vocabulary, template, settings.wording)
         fingerprint = gguf.fingerprint(self._model)
@@ -120,7 +124,14 @@ class Engine:
 
     @property
     def model_name(self) -> str:
+        if self._server:
+            return f"{self._server.model or 'a model'} at {self._server.host}"
         return self._model.name
+
+    @property
+    def runtime_name(self) -> str:
+        """What answers, without loading it where that is a server."""
+        return self.choice.runtime if self._server else self.runtime.name
 
     @cached_property
     def limits(self) -> Limits:
@@ -136,19 +147,23 @@ class Engine:
 
         The first time a model is used this runs the self-check, which takes some seconds; its verdict is kept.
         """
-        return gguf.why_not_stitchable(self._model) or self._failure(self._verdict)
+        return self._never_reused or self._failure(self._verdict)
 
     @property
     def known_reuse_off(self) -> str:
         """As reuse_off, but never runs the self-check: empty while nothing speaks against reuse."""
-        return gguf.why_not_stitchable(self._model) or self._failure(selfcheck.load(self._verdict_file))
+        return self._never_reused or self._failure(selfcheck.load(self._verdict_file))
 
     def try_out(self, should_stop: Callable[[], bool]) -> str:
         """reuse_off, whose self-check raises Aborted soon after should_stop() turns true."""
-        if gguf.why_not_stitchable(self._model) or selfcheck.load(self._verdict_file):
+        if self._never_reused or selfcheck.load(self._verdict_file):
             return self.reuse_off
         with self.runtime.abortable(should_stop):
             return self.reuse_off
+
+    @property
+    def _never_reused(self) -> str:
+        return self._server.statement if self._server else gguf.why_not_stitchable(self._model)
 
     def _failure(self, verdict: selfcheck.Verdict | None) -> str:
         failed = verdict is not None and verdict.reason
@@ -270,6 +285,9 @@ class Engine:
         line = self._line(request)
         foreseen, expected = self._estimate(line, request)
         yield foreseen
+        if self._server:
+            yield from self._from_server(self._server, line, request, foreseen, should_stop)
+            return
         again = 0 if foreseen.ratio >= 1 else int(foreseen.ratio * foreseen.context_tokens) + SCRATCH_TOKENS
         self.runtime.reserve(line.tokens + again + request.max_tokens)
         clock = Clock()
@@ -293,6 +311,37 @@ class Engine:
             key = self.turns.keys([*(turn.exchange for turn in line.earlier), said], request.ratio >= 1)[-1]
             took_ms = sum(ms for step, ms in clock.steps.items() if step != "resume")
             self.turns.keep(self.runtime, key, self._stores_turns(request), took_ms / 1000)
+
+    def _from_server(
+        self, server: Server, line: "_Line", request: Request, foreseen: Forecast, should_stop: Callable[[], bool]
+    ) -> Iterator[Event]:
+        """The same prompt as messages. Counts are the server's where it counts, else this computer's model's."""
+        began, first_ms, said = time.perf_counter(), 0.0, 0
+        most = min(request.max_tokens, self.limits.answer_tokens)
+        ended = Ended("stopped", 0, 0)
+        for piece in server.complete(self._messages(line), most, request.sampling.temperature, should_stop):
+            if isinstance(piece, Ended):
+                ended = piece
+                continue
+            first_ms = first_ms or 1000 * (time.perf_counter() - began)
+            said += 1
+            yield Text(piece)
+        took_ms = 1000 * (time.perf_counter() - began)
+        total = ended.prompt_tokens or line.tokens
+        kept = min(ended.cached_tokens, total)
+        counts = TokenCounts(min(foreseen.context_tokens, total), 0, 0, total - kept, said, kept)
+        timings = Timings(0.0, 0.0, 0.0, 0.0, first_ms, first_ms, took_ms - first_ms if first_ms else 0.0)
+        yield Answered(counts, timings, 1.0, ended.ending)
+
+    def _messages(self, line: "_Line") -> list[Message]:
+        wording = self._settings.wording
+        messages: list[Message] = [("system", wording.system)]
+        for exchange in (*(turn.exchange for turn in line.earlier), line.asked):
+            documents = "".join(f"{passage.strip()}\n\n" for passage in exchange.passages)
+            opening = wording.opening if documents else ""
+            question = wording.question.format(question=exchange.question.strip())
+            messages += [("user", f"{opening}{documents}{question}"), ("assistant", exchange.answer)]
+        return messages[:-1]
 
     def _lead(self, prompt: Prompt) -> int:
         """How many of the first passages to compute while the others are read: none, unless the disk is slow."""
@@ -400,9 +449,10 @@ class Engine:
         for segment in chunks if line.earlier else (self.chunks.preamble, *chunks):
             pools[self.chunks.store.where(segment.key)] += len(segment)
         del pools[""]
+        settled = selector.knows_prompt and prompt.intact == len(chunks)  # nothing would be computed again
         work = Work(
             new=line.asked_tokens - question,
-            passages=sum(map(len, chunks)),
+            passages=0 if settled else sum(map(len, chunks)),
             question=question,
             pools=pools,
             missing=tuple(len(segment) for segment in self.chunks.missing(segments.values())),
@@ -412,7 +462,7 @@ class Engine:
             read=sum(turn.tokens for turn in absent) - sum(stored),
             dropped=line.dropped,
             stitches=bool(line.asked.passages),
-            probes=selector.asks_question,
+            probes=selector.asks_question and not settled,
             compared=deviation.compared_layers(self.shape.layers) / self.shape.layers * selector.compares_values,
             depth=_depth(selector),
             led=sum(map(len, chunks[:lead])),

@@ -88,6 +88,8 @@ class Prefill:
         with self.clock.step("load"):
             stored_scores, repaired = self._chunks.place(runtime, prompt, selector.stored_scores)
             self._encoded |= repaired
+        if selector.knows_prompt and prompt.intact == len(prompt.chunks):
+            return plan.stitch(prompt, [np.zeros(len(chunk), dtype=bool) for chunk in prompt.chunks])
         if selector.asks_question:
             with self.clock.step("probe"):
                 mass = runtime.probe(prompt.question.tokens, prompt.context_tokens)

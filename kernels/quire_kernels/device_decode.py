@@ -149,8 +149,8 @@ def _unpacked(rows: LiveRows, groups: int) -> tuple[Tensor, Tensor]:
     else:
         v_step, v_first = (x.repeat_interleave(GROUP, -1)[..., : v.shape[-1]] for x in (v_step, v_first))
     v = v * v_step + v_first
-    kv_heads, positions = rows.k.shape[1], rows.sinks + torch.arange(tokens, device=k.device)
-    k, v = k.reshape(tokens, kv_heads, -1), v.reshape(tokens, kv_heads, -1)
+    positions = rows.sinks + torch.arange(tokens, device=k.device)
+    k, v = k.reshape(tokens, *rows.k.shape[1:]), v.reshape(tokens, *rows.v.shape[1:])
     return rotate(k, rows.angles, positions), v
 
 
@@ -160,7 +160,7 @@ def _codes(planes: Tensor) -> Tensor:
     codes = torch.zeros(planes.shape[0], planes.shape[2], 8, dtype=torch.uint8, device=planes.device)
     for plane in range(planes.shape[1]):
         codes = codes << 1 | planes[:, plane, :, None] >> bit & 1
-    return codes.reshape(len(planes), GROUP, -1).to(torch.float32)
+    return codes.reshape(len(planes), GROUP, planes.shape[2] * 8 // GROUP).to(torch.float32)
 
 
 def _check(q: Tensor, rows: LiveRows) -> None:

@@ -19,7 +19,6 @@ from quire_kernels.device_decode import GROUP, LiveRows
 
 TILE = 32  # tokens in work at once; divides GROUP
 _LOG2_E = 1.4426950408889634
-_GROUP = tl.constexpr(GROUP)
 
 
 @triton.jit
@@ -60,13 +59,14 @@ def _neighbours(low, high, step, first, tile: tl.constexpr, block: tl.constexpr)
 def _key_halves(
     planes, steps, firsts, group, token, start, channels,
     dim: tl.constexpr, half_block: tl.constexpr, bits: tl.constexpr, adjacent: tl.constexpr, tile: tl.constexpr,
+    span: tl.constexpr,
 ):  # fmt: skip
     """First and second channels of RoPE's pairs, [tile, half_block] each, before RoPE.
 
     token: in the group [tile].  start: the head's first channel.
     """
     half: tl.constexpr = dim // 2
-    plane_bytes = _GROUP * channels // 8
+    plane_bytes = span * channels // 8
     of_group = planes + group * bits * plane_bytes
     begins = (token * channels + start) // 8
     pair = tl.arange(0, half_block)
@@ -99,9 +99,10 @@ def _key_halves(
 def _values(
     planes, steps, firsts, group, token, start, channels,
     v_dim: tl.constexpr, v_block: tl.constexpr, bits: tl.constexpr, by_channel: tl.constexpr, tile: tl.constexpr,
+    span: tl.constexpr,
 ):  # fmt: skip
     """[tile, v_block]."""
-    plane_bytes = _GROUP * channels // 8
+    plane_bytes = span * channels // 8
     byte = tl.arange(0, v_block // 8)
     there = (token >= 0)[:, None] & (byte < v_dim // 8)[None, :]
     at = ((token * channels + start) // 8)[:, None] + byte[None, :]
@@ -113,8 +114,8 @@ def _values(
         first = tl.load(firsts + grid, mask=channel < v_dim, other=0.0).to(tl.float32)[None, :]
         values = _neighbours(low, high, 1.0, 0.0, tile, v_block) * step + first
     else:
-        per_token = (channels + _GROUP - 1) // _GROUP
-        grid = ((group * _GROUP + token) * per_token)[:, None] + ((start + 8 * byte) // _GROUP)[None, :]
+        per_token = (channels + span - 1) // span
+        grid = ((group * span + token) * per_token)[:, None] + ((start + 8 * byte) // span)[None, :]
         step = tl.load(steps + grid, mask=there, other=0.0).to(tl.float32)
         first = tl.load(firsts + grid, mask=there, other=0.0).to(tl.float32)
         values = _neighbours(low, high, step, first, tile, v_block)
@@ -139,11 +140,12 @@ def _parts(
     kv_heads: tl.constexpr, group: tl.constexpr, dim: tl.constexpr, v_dim: tl.constexpr,
     k_bits: tl.constexpr, v_bits: tl.constexpr, v_by_channel: tl.constexpr, adjacent: tl.constexpr,
     row_block: tl.constexpr, half_block: tl.constexpr, v_block: tl.constexpr, tile: tl.constexpr,
+    span: tl.constexpr,
 ):  # fmt: skip
     part, kv_head = tl.program_id(0), tl.program_id(1)
     half: tl.constexpr = dim // 2
     groups, exact = tl.load(filled), tl.load(filled + 1)
-    packed_tiles = groups * (_GROUP // tile)
+    packed_tiles = groups * (span // tile)
     tiles = packed_tiles + tl.cdiv(exact, tile)
     share = tl.cdiv(tiles, tl.num_programs(0))
     begin = part * share
@@ -169,14 +171,14 @@ def _parts(
 
     of_tile = tl.arange(0, tile)
     for index in range(begin, tl.minimum(end, packed_tiles)):
-        of_group, token = index * tile // _GROUP, (index * tile + of_tile) % _GROUP
+        of_group, token = index * tile // span, (index * tile + of_tile) % span
         at = (sinks + index * tile).to(tl.int64) * half + pair
         c, s = tl.load(cos + at, mask=pair < half, other=0.0), tl.load(sin + at, mask=pair < half, other=0.0)
         back_a = (q_a.to(tl.float32) * c[None, :] + q_b.to(tl.float32) * s[None, :]).to(q.dtype.element_ty)
         back_b = (q_b.to(tl.float32) * c[None, :] - q_a.to(tl.float32) * s[None, :]).to(q.dtype.element_ty)
         a, b = _key_halves(
             k_planes, k_step, k_first, of_group, token, kv_head * dim, kv_heads * dim,
-            dim, half_block, k_bits, adjacent, tile,
+            dim, half_block, k_bits, adjacent, tile, span,
         )  # fmt: skip
         turn = of_tile[:, None] * half + pair[None, :]
         c, s = tl.load(cos + turn, mask=in_half, other=0.0), tl.load(sin + turn, mask=in_half, other=0.0)
@@ -185,7 +187,7 @@ def _parts(
         logits = tl.dot(back_b, tl.trans(k_b), logits, input_precision="ieee") * scale
         values = _values(
             v_planes, v_step, v_first, of_group, token, kv_head * v_dim, kv_heads * v_dim,
-            v_dim, v_block, v_bits, v_by_channel, tile,
+            v_dim, v_block, v_bits, v_by_channel, tile, span,
         ).to(q.dtype.element_ty)  # fmt: skip
         highest, weight, total = _taken(logits, values, highest, weight, total)
 
@@ -272,6 +274,7 @@ def constants_of(
         "half_block": max(16, triton.next_power_of_2(dim // 2)),
         "v_block": max(16, triton.next_power_of_2(v_dim)),
         "tile": TILE,
+        "span": GROUP,
     }
 
 

@@ -198,6 +198,7 @@ def test_status_in_words_and_as_json(sampled: tuple[Home, Ran]) -> None:
         "written_bytes": sum(file.stat().st_size for file in files),
         "model": state["model"],
         "reuse_off": "",
+        "finding": "by words alone",
         "skipped": [],
     }
     assert 1000 < state["tokens"] < 1400
@@ -260,18 +261,24 @@ def test_exact_and_ratio_1_reuse_nothing(fresh: Home, tmp_path: Path) -> None:
 def test_ratio_0_recomputes_nothing(home: Home, answer: Any) -> None:
     told = home.ask(*PLAIN)
     assert (told["tokens"]["recomputed"], told["ratio"], told["dial"]) == (0, 0, "custom")
-    assert told["tokens"]["reused"] == told["tokens"]["context"] == answer["tokens"]["context"]
+    assert told["tokens"]["reused"] > 0 == answer["tokens"]["context"]
 
 
-@pytest.mark.parametrize("selector", ["spectral", "first", "random", "3*first+probe", "probe*sensitivity"])
-def test_every_selector_keeps_to_the_ratio(home: Home, selector: str) -> None:
+@pytest.mark.parametrize("selector", ["spectral", "first", "random"])
+def test_a_selector_that_knows_nothing_of_the_prompt_keeps_to_the_ratio(home: Home, selector: str) -> None:
     told = home.ask("--selector", selector, "--ratio", "0.3", "--max-tokens", "1")
     assert told["selector"] == selector
     assert told["tokens"]["reused"] > 0
-    assert (
-        abs(told["tokens"]["recomputed"] - 0.3 * told["tokens"]["context"]) <= 48
-    )  # whole tiles of 64, and the preamble is exact
-    assert (told["timings"]["probe_ms"] > 0) == ("probe" in selector)
+    # whole tiles of 64, and the preamble is exact
+    assert abs(told["tokens"]["recomputed"] - 0.3 * told["tokens"]["context"]) <= 48
+    assert told["timings"]["probe_ms"] == 0
+
+
+@pytest.mark.parametrize("selector", ["default", "probe*sensitivity"])
+def test_one_passage_stands_where_it_was_read_and_costs_nothing_again(home: Home, selector: str) -> None:
+    told = home.ask("--selector", selector, "--ratio", "0.3", "--max-tokens", "1")
+    assert told["tokens"]["reused"] > 0
+    assert told["tokens"]["recomputed"] == told["timings"]["probe_ms"] == 0
 
 
 # What is kept, and repaired

@@ -437,16 +437,16 @@ def header(path: Path) -> gguf.Gguf:
 
 
 def test_the_setting_the_model_and_the_device_decide(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "_device", lambda: None)
+    monkeypatch.setattr(choose, "device", lambda: None)
     model = header(tiny("llama"))
     for wish, expected in (("auto", ("llama.cpp", "")), ("llama.cpp", ("llama.cpp", "")), ("torch", ("torch", "cpu"))):
         choice = choose.choose(wish, model)
         assert (choice.runtime, choice.device) == expected
         assert choice.reason.endswith((".", "device."))
     assert choose.choose("torch", header(tiny("gemma"))).runtime == "llama.cpp"
-    monkeypatch.setattr(choose, "_device", lambda: torch_device.Device("Titan", 10**9))
+    monkeypatch.setattr(choose, "device", lambda: torch_device.Device("Titan", 10**9))
     assert choose.choose("auto", model) == choose.Choice("torch", "cuda", "Runtime: PyTorch on Titan.")
-    monkeypatch.setattr(choose, "_device", lambda: torch_device.Device("Titan", 10**4))
+    monkeypatch.setattr(choose, "device", lambda: torch_device.Device("Titan", 10**4))
     assert "too little memory" in choose.choose("auto", model).reason
     assert choose.choose("auto", model).runtime == "llama.cpp"
 

@@ -38,9 +38,10 @@ def before_rope(keys: Float16, positions: npt.ArrayLike) -> Float32:
     return rope.unrotate(keys.reshape(-1, HEADS, DIM), cos, sin, SHAPE.rope.layout)
 
 
-def drift_of(row: int, stored: Float32, fresh: dict[int, Float32]) -> Float32:
-    """One row at a time, over every recomputed one. stored: all rows that were read alone, from the second chunk on."""
-    mean = stored.mean(axis=0)
+def drift_of(row: int, keys: Float32, stored: Float32, fresh: dict[int, Float32]) -> Float32:
+    """One row at a time, over every recomputed one. keys: of the middle layer, before RoPE; as `stored` all rows that
+    were read alone, from the second chunk on."""
+    mean = keys.mean(axis=0)
     of_chunk = np.repeat([1, 2], LENGTHS[1:])
 
     def cosine(a: Float32, b: Float32) -> float:
@@ -48,7 +49,7 @@ def drift_of(row: int, stored: Float32, fresh: dict[int, Float32]) -> Float32:
 
     nats = np.array(
         [
-            6 * cosine(stored[row] - mean, stored[other] - mean)
+            6 * cosine(keys[row] - mean, keys[other] - mean)
             + 2 * (of_chunk[row] == of_chunk[other])
             - abs(row - other) / 30
             for other in fresh
@@ -73,6 +74,7 @@ def test_reused_rows_move_by_a_share_of_what_rows_like_them_show(recomputed: tup
     drift.correct(made, SHAPE, now_k, now_v, fresh_k, fresh_v)
     isolated = PREAMBLE + LENGTHS[0]
     reused = [row for row in range(isolated, tokens) if row not in again]
+    alike = before_rope(k[drift.middle(LAYERS)], np.arange(tokens)).reshape(tokens, -1)[isolated:]
     for layer in range(LAYERS):
         keys, new_keys = (before_rope(rows[layer], np.arange(tokens)).reshape(tokens, -1) for rows in (k, now_k))
         rotated = before_rope(fresh_k[layer], again).reshape(len(again), -1)
@@ -83,7 +85,7 @@ def test_reused_rows_move_by_a_share_of_what_rows_like_them_show(recomputed: tup
         ):
             shown = {int(row) - isolated: fresh[at] for at, row in enumerate(again) if row >= isolated}
             for row in reused:
-                moved = share * drift_of(row - isolated, stored[isolated:], shown)
+                moved = share * drift_of(row - isolated, alike, stored[isolated:], shown)
                 np.testing.assert_allclose(new[row] - stored[row], moved, atol=6e-3)
         for before, after in ((k, now_k), (v, now_v)):
             untouched = [*range(isolated), *again]
@@ -108,12 +110,14 @@ def test_a_long_prompt_learns_from_what_stands_near(monkeypatch: pytest.MonkeyPa
     near = drift.Neighbours.of(made)
     assert near is not None
     assert near.bias.shape[2] < mask.sum() / 2
-    fresh = stored[mask] + random.normal(size=(int(mask.sum()), 16)).astype(np.float32)
-    got = near.drift(stored, fresh)
+    changed = random.normal(size=(int(mask.sum()), 16)).astype(np.float32)
+    got = near.drift(near.weights(stored), changed)
     monkeypatch.setattr(drift, "_REACH_TOKENS", 3000)
     everything = drift.Neighbours.of(made)
     assert everything is not None
     near_some = (near.reused < 1000) | (near.reused >= 2000)
-    np.testing.assert_allclose(got[near_some], everything.drift(stored, fresh)[near_some], atol=0.05)
+    np.testing.assert_allclose(
+        got[near_some], everything.drift(everything.weights(stored), changed)[near_some], atol=0.05
+    )
     assert np.isfinite(got).all()
     assert np.abs(got[~near_some]).mean() > 0.1, "the nearest there are, however far"

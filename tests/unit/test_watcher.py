@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -250,3 +251,78 @@ def test_network_mounts_are_known_by_their_kind(tmp_path: Path) -> None:
     assert network_mount(Path("/home/me/My Server/disk/notes"), mounts) == ""
     assert network_mount(Path("/home/me/notes"), mounts) == ""
     assert network_mount(Path("/home/me"), tmp_path / "nothing") == ""
+
+
+def test_ignored_files_are_not_told_and_ignore_files_stand_for_their_folder(
+    watcher: Watcher, heard: Heard, root: Path
+) -> None:
+    (root / ".gitignore").write_text("build/\n*.log\n")
+    (root / "build").mkdir()
+    watcher.watch([root])
+    for name in ("build/x.md", "a.log", "b.md"):
+        (root / name).write_text("x")
+    heard.wait(lambda: root / "b.md" in heard.paths)
+    assert heard.paths <= {root / "b.md", root / "build"}, "of a folder itself only its name is known"
+    heard.batches.clear()
+    (root / "sub" / ".quireignore").write_text("c.md\n")
+    heard.wait(lambda: root / "sub" in heard.paths)
+    heard.batches.clear()
+    (root / ".gitignore").write_text("")
+    heard.wait(lambda: root in heard.paths)
+    (root / "build" / "x.md").write_text("told from now on")
+    heard.wait(lambda: root / "build" / "x.md" in heard.paths)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
+def test_a_folder_that_is_closed_and_opened_again(watcher: Watcher, heard: Heard, root: Path) -> None:
+    watcher.watch([root])
+    for mode in (0o000, 0o755):
+        heard.batches.clear()
+        (root / "sub").chmod(mode)
+        heard.wait(lambda: root / "sub" in heard.paths)
+
+
+def test_permissions_of_a_file_are_a_change(watcher: Watcher, heard: Heard, root: Path) -> None:
+    (root / "a.md").write_text("a")
+    watcher.watch([root])
+    (root / "a.md").chmod(0o000)
+    heard.wait(lambda: heard.paths)
+    assert heard.paths == {root / "a.md"}
+
+
+def test_links_in_a_loop(watcher: Watcher, heard: Heard, root: Path) -> None:
+    (root / "sub" / "up").symlink_to(root)
+    watcher.watch([root])
+    (root / "sub" / "self").symlink_to(root / "sub")
+    (root / "sub" / "a.md").write_text("a")
+    heard.wait(lambda: root / "sub" / "a.md" in heard.paths)
+    assert heard.paths <= {root / "sub" / "a.md", root / "sub" / "self"}
+    assert heard.unwatched == []
+
+
+def test_what_events_did_not_tell_is_looked_for_now_and_then(heard: Heard, root: Path) -> None:
+    with Watcher(heard.changed, heard.not_watched, Pace(settled=0.05, glance=0.05, sweep=0.2)) as watcher:
+        watcher.watch([root])
+        heard.wait(lambda: len(heard.batches) >= 2)
+    assert heard.paths == {root}
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="Git is not installed")
+def test_another_branch_is_checked_out(watcher: Watcher, heard: Heard, root: Path) -> None:
+    def git(*words: str) -> None:
+        who = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        subprocess.run(["git", "-C", root, *who, *words], check=True, capture_output=True)
+
+    git("init", "-b", "main")
+    for branch, names in (("main", "ab"), ("other", "bc")):
+        git("checkout", "-B", branch)
+        for old in root.glob("*.md"):
+            old.unlink()
+        for name in names:
+            (root / f"{name}.md").write_text(f"{name} of {branch}")
+        git("add", "-A")
+        git("commit", "-m", branch)
+    watcher.watch([root])
+    git("checkout", "main")
+    heard.wait(lambda: heard.paths >= {root / f"{name}.md" for name in "abc"})
+    assert not [path for path in heard.paths if ".git" in path.parts]

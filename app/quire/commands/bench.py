@@ -327,6 +327,21 @@ def bytes_(data: Path | None, plans: str, runs: int, model: str | None, as_json:
         click.echo(measure.as_json(report) if as_json else "\n".join(measure.table(report)))
 
 
+@group.command()
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Questions in SQuAD's format, like XQuAD.")
+@click.option("--embedder", metavar="PATH", help="GGUF file of an embedding model, to compare words with meaning.")
+@model_option
+@json_option
+def retrieval(data: Path, embedder: str | None, model: str | None, as_json: bool) -> None:
+    """How often search finds the paragraph that a question was written for, among all paragraphs as files."""
+    from quire.bench import retrieval as measure
+
+    with session_by(model=model, embedder=embedder) as session:
+        with watched("Searching") as (_, progress):
+            report = measure.measure(session, data, progress)
+        click.echo(measure.as_json(report) if as_json else "\n".join(measure.table(report)))
+
+
 def _listed(text: str) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 

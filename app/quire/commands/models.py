@@ -1,6 +1,6 @@
-"""`quire models`: list, use, pull, profile, remove.
+"""`quire models`: list, recommend, use, pull, profile, remove.
 
-Knows how they are asked for and printed; what they do is in `quire.models`.
+Knows how they are asked for and printed; what they do is in `quire.models` and `quire.advice`.
 """
 
 import json
@@ -19,10 +19,32 @@ from quire.terminal import printable
 def group(ctx: click.Context, model: str | None, as_json: bool) -> None:
     """List the models: the bundled one, those on this computer, and well-known ones to fetch."""
     if ctx.invoked_subcommand is None:
-        from quire import config, models
+        _list(model, as_json)
 
-        listed = models.listing(config.load({"model": model} if model else {}))
-        click.echo(json.dumps(models.as_json(listed), indent=2) if as_json else "\n".join(models.lines(listed)))
+
+@group.command(name="list")
+@model_option
+@json_option
+def list_models(model: str | None, as_json: bool) -> None:
+    """The same as plain `quire models`."""
+    _list(model, as_json)
+
+
+def _list(model: str | None, as_json: bool) -> None:
+    from quire import config, models
+
+    listed = models.listing(config.load({"model": model} if model else {}))
+    click.echo(json.dumps(models.as_json(listed), indent=2) if as_json else "\n".join(models.lines(listed)))
+
+
+@group.command()
+@json_option
+def recommend(as_json: bool) -> None:
+    """Say which of the well-known models suits this machine's memory and graphics device, and what each one needs."""
+    from quire import advice
+
+    given = advice.on(advice.this_machine())
+    click.echo(json.dumps(given.as_json(), indent=2) if as_json else "\n".join(given.lines()))
 
 
 @group.command()

@@ -76,6 +76,7 @@ class _Watch:
     _left_ms: float = 0.0
     _reported_at: float = 0.0
     _held: str = ""
+    _caching: bool = False
     _complete: bool = False
 
     def run(self, paths: Sequence[Path]) -> None:
@@ -142,11 +143,12 @@ class _Watch:
         self._print("failed", [printable(f"{told.message} {told.hint}".strip())])
 
     def reading(self, roots: Sequence[Path], done: int, total: int) -> None:
-        self._complete = False
+        self._complete = self._caching = False
 
     def has_roots(self, roots: Sequence[Path]) -> None: ...
 
-    def caching(self) -> None: ...
+    def caching(self) -> None:
+        self._caching = True
 
     def off(self, reason: str) -> None:
         self._print("off", [printable(f"Nothing is cached: {reason} Questions are answered by full prefill.")])
@@ -163,10 +165,12 @@ class _Watch:
         from quire import render
 
         state = session.shelf.progress()
+        if self._keeper.urgent:
+            return  # it is not the end of it
         if state.done == state.total and not self._complete:
             self._complete = True
             self._print("complete", [f"All {state.total} passages are cached."])
-        elif state.done < state.total and time.monotonic() > self._reported_at + _REPORT_SECONDS:
+        elif self._caching and state.done < state.total and time.monotonic() > self._reported_at + _REPORT_SECONDS:
             self._reported_at = time.monotonic()
             left = f", about {render.duration(self._left_ms)} left" if self._left_ms else ""
             self._print("cached", [f"Cached {state.done} of {state.total} passages{left}."])

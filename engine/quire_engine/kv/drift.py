@@ -88,19 +88,23 @@ class Neighbours:
         bias = np.where(there[:, None, :], bias, -np.inf).astype(np.float32)
         return cls(slice(start - first, stop - first), reused, recomputed, fresh, blocks, candidates, bias)
 
-    def drift(self, stored: Float32, fresh: Float32) -> Float32:
-        """Of the reused rows [u, channels]. stored: [isolated rows, channels].  fresh: [m, channels]."""
+    def weights(self, stored: Float32) -> Float32:
+        """Of candidates [blocks, rows, width], from one layer's keys before RoPE [isolated rows, channels]."""
         centred = stored - stored.mean(axis=0)
         alike = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), np.float32(1e-12))
         theirs = alike[self.recomputed][self.candidates]
-        weights = alike[self.reused][self.blocks] @ theirs.transpose(0, 2, 1)
+        weights: Float32 = alike[self.reused][self.blocks] @ theirs.transpose(0, 2, 1)
         weights *= np.float32(LIKENESS)
         weights += self.bias
         weights -= weights.max(axis=-1, keepdims=True)
         np.exp(weights, out=weights)
         weights /= weights.sum(axis=-1, keepdims=True)
-        found: Float32 = weights @ (fresh - stored[self.recomputed])[self.candidates]
-        return found.reshape(-1, stored.shape[1])[: len(self.reused)]
+        return weights
+
+    def drift(self, weights: Float32, changed: Float32) -> Float32:
+        """Of the reused rows [u, channels], from what the recomputed ones changed by [m, channels]."""
+        found: Float32 = weights @ changed[self.candidates]
+        return found.reshape(-1, changed.shape[1])[: len(self.reused)]
 
 
 def correct(
@@ -120,21 +124,31 @@ def correct(
     near = Neighbours.of(plan)
     if near is None:
         return
-    reused = near.isolated.start + near.reused
     first, stop = plan.spans[0].start, plan.prompt.context_tokens
     cos, sin = (turn[near.isolated] for turn in transfer.angles(np.arange(first, stop), shape.rope))
+    reused, recomputed = near.isolated.start + near.reused, near.isolated.start + near.recomputed
 
-    def turned(k: Float32, rows: Rows | slice, way: float) -> Float32:
-        heads = k.reshape(len(k), shape.kv_heads, shape.key_dim)
-        return rope.rotate(heads, cos[rows], np.float32(way) * sin[rows], shape.rope.layout).reshape(k.shape)
+    def heads(k: Float16) -> Float32:
+        return k.astype(np.float32).reshape(len(k), shape.kv_heads, shape.key_dim)
+
+    def unrotated(k: Float32, rows: Rows | slice) -> Float32:
+        return rope.unrotate(k, cos[rows], sin[rows], shape.rope.layout).reshape(len(k), -1)
+
+    weights = near.weights(unrotated(heads(k_rot[middle(shape.layers)][near.isolated]), slice(None)))
 
     def correct_layer(layer: int) -> None:
         keys, values = k_rot[layer], v[layer]
-        stored = turned(keys[near.isolated].astype(np.float32), slice(None), -1)
-        fresh = turned(fresh_k_rot[layer][near.fresh].astype(np.float32), near.recomputed, -1)
-        keys[reused] += turned(np.float32(share.keys) * near.drift(stored, fresh), near.reused, 1).astype(np.float16)
-        drift = near.drift(values[near.isolated].astype(np.float32), fresh_v[layer][near.fresh].astype(np.float32))
-        values[reused] += (np.float32(share.values) * drift).astype(np.float16)
+        changed = unrotated(heads(fresh_k_rot[layer][near.fresh]) - heads(keys[recomputed]), near.recomputed)
+        drift = near.drift(weights, np.float32(share.keys) * changed).reshape(-1, shape.kv_heads, shape.key_dim)
+        shift = rope.rotate(drift, cos[near.reused], sin[near.reused], shape.rope.layout)
+        keys[reused] = (heads(keys[reused]) + shift).reshape(len(reused), -1)
+        changed = fresh_v[layer][near.fresh].astype(np.float32) - values[recomputed]
+        values[reused] = values[reused] + near.drift(weights, np.float32(share.values) * changed)
 
     with ThreadPoolExecutor(max_workers=processes.cores()) as pool:
         list(pool.map(correct_layer, range(shape.layers)))
+
+
+def middle(layers: int) -> int:
+    """The layer whose keys tell which rows are alike: as good as each layer's own, and asked once."""
+    return layers // 2

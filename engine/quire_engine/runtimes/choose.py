@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from quire_engine.runtimes.torch_device import Device
     from quire_engine.runtimes.transformer import Transformer
 
-AUTO, LLAMA_CPP, TORCH = NAMES = ("auto", "llama.cpp", "torch")
+AUTO, LLAMA_CPP, TORCH, OPENAI = NAMES = ("auto", "llama.cpp", "torch", "openai")
 _DEVICE_FILES = (
     "/dev/nvidiactl",
     "/dev/kfd",
     "/dev/dxg",
 )  # of NVIDIA's and AMD's drivers, and Windows' for Linux in it
-_BYTES_PER_WEIGHT = 2
-_SHARE_FOR_WEIGHTS = 0.8  # of a device's free memory; the rest is for KV
+BYTES_PER_WEIGHT = 2
+SHARE_FOR_WEIGHTS = 0.8  # of a device's free memory; the rest is for KV
 
 
 class Vocabulary(Protocol):
@@ -40,7 +40,7 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
-    """runtime: LLAMA_CPP or TORCH.  device: what PyTorch computes on, "cpu" or "cuda"; for llama.cpp empty.
+    """runtime: one of NAMES but AUTO.  device: what it computes on, "cpu", "cuda" or "server"; for llama.cpp empty.
     reason: a sentence for a person."""
 
     runtime: str
@@ -54,29 +54,32 @@ class Choice:
 
 
 BY_LLAMA_CPP = Choice(LLAMA_CPP, "", "Runtime: llama.cpp, as the setting says.")
+BY_SERVER = Choice(OPENAI, "server", "Runtime: a server that speaks OpenAI's protocol, as the setting says.")
 
 
 def choose(wish: str, model: Gguf) -> Choice:
     """The runtime for a model on this machine. wish: one of NAMES. Imports PyTorch only where it may be of use."""
     if wish == LLAMA_CPP:
         return BY_LLAMA_CPP
+    if wish == OPENAI:
+        return BY_SERVER
     if reason := gguf.why_not_stitchable(model) or _why_not_read(model):
         return Choice(LLAMA_CPP, "", f"Runtime: llama.cpp. {reason}")
-    device = _device()
-    needed = _BYTES_PER_WEIGHT * sum(prod(tensor.shape) for tensor in model.tensors.values())
-    fits = device is not None and needed <= _SHARE_FOR_WEIGHTS * device.free_bytes
-    if device and (fits or wish == TORCH):
-        return Choice(TORCH, "cuda", f"Runtime: PyTorch on {device.title}.")
+    found = device()
+    needed = BYTES_PER_WEIGHT * sum(prod(tensor.shape) for tensor in model.tensors.values())
+    fits = found is not None and needed <= SHARE_FOR_WEIGHTS * found.free_bytes
+    if found and (fits or wish == TORCH):
+        return Choice(TORCH, "cuda", f"Runtime: PyTorch on {found.title}.")
     if wish == TORCH:
         return Choice(TORCH, "cpu", "Runtime: PyTorch on the processor, as the setting says; there is no other device.")
-    if device:
-        sizes = f"{needed / 1e9:.1f} GB for weights alone; {device.free_bytes / 1e9:.1f} GB are free"
-        return Choice(LLAMA_CPP, "", f"Runtime: llama.cpp, since {device.title} has too little memory ({sizes}).")
+    if found:
+        sizes = f"{needed / 1e9:.1f} GB for weights alone; {found.free_bytes / 1e9:.1f} GB are free"
+        return Choice(LLAMA_CPP, "", f"Runtime: llama.cpp, since {found.title} has too little memory ({sizes}).")
     return Choice(LLAMA_CPP, "", "Runtime: llama.cpp, since PyTorch finds no CUDA or ROCm device.")
 
 
-def _device() -> "Device | None":
-    """PyTorch takes seconds to import, so it is only asked where a driver is to be seen."""
+def device() -> "Device | None":
+    """The graphics device that PyTorch finds; it is asked only where there is a driver, for importing takes seconds."""
     windows = sys.platform == "win32" and shutil.which("nvidia-smi")
     if find_spec("torch") is None or not (windows or any(Path(file).exists() for file in _DEVICE_FILES)):
         return None
@@ -102,6 +105,8 @@ def runtime(
     model_file: Path, shape: ModelShape, threads: int, stitching: bool, choice: Choice = BY_LLAMA_CPP
 ) -> Runtime:
     """The runtime with the model's weights. stitching: whether stored KV will be used with it."""
+    if choice.runtime == OPENAI:
+        raise ModelError("This needs a model that computes on this computer.", "Say: quire --runtime llama.cpp ...")
     if choice.runtime == TORCH:
         try:
             from quire_engine.runtimes.torch_gpu import TorchRuntime

@@ -14,10 +14,13 @@ from quire_engine.kv import drift
 from quire_engine.kv.drift import WITHIN, Neighbours
 from quire_engine.plan import StitchPlan
 from quire_engine.runtimes.torch_decoder import KV, Decoder, Fresh
+from quire_engine.types import Float32
 
 
 class DriftCorrection:
-    """Of one plan; `correct` is called once a layer, with the rows as they were stored still in place."""
+    """Of one plan; `correct` is called once a layer, with the rows as they were stored still in place.
+
+    The middle layer's have to be there when it is made."""
 
     def __init__(self, decoder: Decoder, kv: KV, first: int, near: Neighbours) -> None:
         """first: the buffers' row that is the plan's first."""
@@ -26,8 +29,9 @@ class DriftCorrection:
         self._reused, self._recomputed, self._fresh, self._blocks, self._candidates = (
             self._on_device(rows) for rows in (near.reused, near.recomputed, near.fresh, near.blocks, near.candidates)
         )
-        self._bias = torch.from_numpy(near.bias).to(decoder.device)
         self._cos, self._sin = decoder.angles(np.arange(self._isolated.start, self._isolated.stop))
+        likely = kv.k[drift.middle(decoder.shape.layers)][self._isolated]
+        self._weights = self._alike(decoder.unrotate(likely, self._cos, self._sin).flatten(1), near.bias)
 
     @classmethod
     def of(cls, plan: StitchPlan, decoder: Decoder, kv: KV) -> Self | None:
@@ -40,22 +44,27 @@ class DriftCorrection:
         decoder, cos, sin = self._decoder, self._cos, self._sin
         keys = self._kv.k[fresh.layer][self._isolated]
         values = self._kv.v[fresh.layer][self._isolated]
-        k_pre = decoder.unrotate(keys.float(), cos, sin)
-        shift = WITHIN.keys * self._drift(k_pre, fresh.k_pre)
+        turn = cos[self._recomputed], sin[self._recomputed]
+        changed = fresh.k_pre[self._fresh].float() - decoder.unrotate(keys[self._recomputed], *turn)
+        shift = self._drift(WITHIN.keys * changed)
         shift = decoder.rotate(shift, cos[self._reused], sin[self._reused])
         keys.index_add_(0, self._reused, shift.to(keys.dtype))
-        shift = WITHIN.values * self._drift(values.float(), fresh.v)
+        changed = fresh.v[self._fresh].float() - values[self._recomputed].float()
+        shift = self._drift(WITHIN.values * changed)
         values.index_add_(0, self._reused, shift.to(values.dtype))
 
-    def _drift(self, stored: Tensor, fresh: Tensor) -> Tensor:
-        """`Neighbours.drift`, which is the specification; both tensors are [rows, kv_heads, dim]."""
-        heads, stored, fresh = stored.shape[1:], stored.flatten(1), fresh.flatten(1)[self._fresh].float()
+    def _alike(self, stored: Tensor, bias: Float32) -> Tensor:
+        """`Neighbours.weights`, which is the specification."""
         alike = functional.normalize(stored - stored.mean(0), dim=1)
         theirs = alike[self._recomputed][self._candidates]
         weights = alike[self._reused][self._blocks] @ theirs.transpose(1, 2)
-        weights = (drift.LIKENESS * weights + self._bias).softmax(-1)
-        found = weights @ (fresh - stored[self._recomputed])[self._candidates]
-        return found.flatten(0, 1)[: len(self._reused)].reshape(-1, *heads)
+        weights = drift.LIKENESS * weights + torch.from_numpy(bias).to(weights.device)
+        return weights.softmax(-1)
+
+    def _drift(self, changed: Tensor) -> Tensor:
+        """`Neighbours.drift` over [recomputed, kv_heads, dim]."""
+        found = self._weights @ changed.flatten(1)[self._candidates]
+        return found.flatten(0, 1)[: len(self._reused)].reshape(-1, *changed.shape[1:])
 
     def _on_device(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers.astype(np.int64)).to(self._decoder.device)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quire_engine import gguf
 from quire_engine.errors import Aborted
+from quire_engine.kv.drift import middle
 from quire_engine.kv.transfer import DamagedPlacements, Placement
 from quire_engine.plan import StitchPlan
 from quire_engine.runtimes import torch_device
@@ -212,6 +213,7 @@ class TorchRuntime:
         if plan.recomputed:
             positions = np.concatenate([np.arange(span.start, span.stop) for span in plan.recomputed])
             tokens = np.asarray(prompt.tokens)[positions - prompt.position]
+            self._ready(middle(self.shape.layers))
             drift = DriftCorrection.of(plan, self._decoder, self._kv)
             correct = drift.correct if drift else None
             places = self._decoder.places(positions)
