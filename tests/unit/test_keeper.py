@@ -57,6 +57,7 @@ class FakeSession:
         self.store = self.catalogue.store("0123456789abcdef")
         self.engine = FakeEngine(self)
         turns = self.catalogue.store("turns-0123456789abcdef")
+        self.vectors = ()
         self.shelf = Shelf(self.library, self.engine, self.catalogue, self.store, turns, "f" * 64)
 
     def index(self, roots: Sequence[Path], progress: Callable[[IndexProgress], None]) -> IndexReport:
