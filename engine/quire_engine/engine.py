@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 
-from quire_engine import chunks, costs, forecast, generate, gguf, plan, processes, selfcheck, turns
+from quire_engine import chunks, costs, forecast, generate, gguf, plan, processes, remote, selfcheck, turns
 from quire_engine.chunks import ChunkCache
 from quire_engine.clock import Clock
 from quire_engine.costs import Costs
@@ -30,7 +30,7 @@ from quire_engine.prefill import Prefill
 from quire_engine.prompt import PromptWriter, Wording
 from quire_engine.runtimes import choose
 from quire_engine.runtimes.base import SCRATCH_TOKENS, Runtime
-from quire_engine.runtimes.openai import Ended, Message, Server
+from quire_engine.runtimes.openai import Server
 from quire_engine.selection import deviation, quality, selectors, sensitivity
 from quire_engine.selection.quality import Curve
 from quire_engine.selection.ratio import Ratios
@@ -286,7 +286,10 @@ class Engine:
         foreseen, expected = self._estimate(line, request)
         yield foreseen
         if self._server:
-            yield from self._from_server(self._server, line, request, foreseen, should_stop)
+            most = min(request.max_tokens, self.limits.answer_tokens)
+            asked = remote.messages(self._settings.wording, [*(turn.exchange for turn in line.earlier), line.asked])
+            told = self._server.complete(asked, most, request.sampling.temperature, should_stop)
+            yield from remote.answer(told, foreseen, line.tokens)
             return
         again = 0 if foreseen.ratio >= 1 else int(foreseen.ratio * foreseen.context_tokens) + SCRATCH_TOKENS
         self.runtime.reserve(line.tokens + again + request.max_tokens)
@@ -311,37 +314,6 @@ class Engine:
             key = self.turns.keys([*(turn.exchange for turn in line.earlier), said], request.ratio >= 1)[-1]
             took_ms = sum(ms for step, ms in clock.steps.items() if step != "resume")
             self.turns.keep(self.runtime, key, self._stores_turns(request), took_ms / 1000)
-
-    def _from_server(
-        self, server: Server, line: "_Line", request: Request, foreseen: Forecast, should_stop: Callable[[], bool]
-    ) -> Iterator[Event]:
-        """The same prompt as messages. Counts are the server's where it counts, else this computer's model's."""
-        began, first_ms, said = time.perf_counter(), 0.0, 0
-        most = min(request.max_tokens, self.limits.answer_tokens)
-        ended = Ended("stopped", 0, 0)
-        for piece in server.complete(self._messages(line), most, request.sampling.temperature, should_stop):
-            if isinstance(piece, Ended):
-                ended = piece
-                continue
-            first_ms = first_ms or 1000 * (time.perf_counter() - began)
-            said += 1
-            yield Text(piece)
-        took_ms = 1000 * (time.perf_counter() - began)
-        total = ended.prompt_tokens or line.tokens
-        kept = min(ended.cached_tokens, total)
-        counts = TokenCounts(min(foreseen.context_tokens, total), 0, 0, total - kept, said, kept)
-        timings = Timings(0.0, 0.0, 0.0, 0.0, first_ms, first_ms, took_ms - first_ms if first_ms else 0.0)
-        yield Answered(counts, timings, 1.0, ended.ending)
-
-    def _messages(self, line: "_Line") -> list[Message]:
-        wording = self._settings.wording
-        messages: list[Message] = [("system", wording.system)]
-        for exchange in (*(turn.exchange for turn in line.earlier), line.asked):
-            documents = "".join(f"{passage.strip()}\n\n" for passage in exchange.passages)
-            opening = wording.opening if documents else ""
-            question = wording.question.format(question=exchange.question.strip())
-            messages += [("user", f"{opening}{documents}{question}"), ("assistant", exchange.answer)]
-        return messages[:-1]
 
     def _lead(self, prompt: Prompt) -> int:
         """How many of the first passages to compute while the others are read: none, unless the disk is slow."""
