@@ -224,7 +224,7 @@ def test_the_names_of_an_answer_as_json(answer: Any) -> None:
     """Scripts rely on these: a name is added knowingly, and never renamed."""
     promised = {"answer", "sources", "tokens", "timings", "ratio", "selector", "dial", "model", "runtime"}
     promised_ms = {"search_ms", "load_ms", "probe_ms", "recompute_ms", "first_token_ms", "decode_ms"}
-    assert set(answer) == promised | {"predicted", "reason", "ending"}
+    assert set(answer) == promised | {"predicted", "reason", "ending", "cached_first"}
     assert set(answer["timings"]) == promised_ms | {"encode_ms", "question_ms", "resume_ms"}
     assert set(answer["tokens"]) == {"context", "kept", "reused", "recomputed", "fresh", "generated"}
     assert [set(source) for source in answer["sources"]] == [{"path", "start_line", "end_line", "place", "score"}]
@@ -261,7 +261,7 @@ def test_exact_and_ratio_1_reuse_nothing(fresh: Home, tmp_path: Path) -> None:
 def test_ratio_0_recomputes_nothing(home: Home, answer: Any) -> None:
     told = home.ask(*PLAIN)
     assert (told["tokens"]["recomputed"], told["ratio"], told["dial"]) == (0, 0, "custom")
-    assert told["tokens"]["reused"] > 0 == answer["tokens"]["context"]
+    assert told["tokens"]["reused"] == told["tokens"]["context"] == answer["tokens"]["context"]
 
 
 @pytest.mark.parametrize("selector", ["spectral", "first", "random"])

@@ -139,6 +139,7 @@ class FakeSession:
     hits: tuple[Hit, ...] = (
         Hit("id", "The tower was built by Ida Marlow.", 9, Path("/d/tower.md"), 1, 3, "Tower", 1.0),
     )
+    vectors: tuple[()] = ()
     library: FakeLibrary = field(default_factory=FakeLibrary)
     engine: FakeEngine = field(default_factory=FakeEngine)
     settings: config.Settings = field(default_factory=config.Settings)

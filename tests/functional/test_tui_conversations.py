@@ -424,7 +424,7 @@ async def test_export_never_overwrites_silently_and_import_reads_it_back(
         assert "> Four minutes." in file.read_text(encoding="utf-8")
         file.write_text("mine")
         await pilot.press("x", "enter")
-        await until(app, pilot, lambda: "exists. Enter" in shown(app))
+        await until(app, pilot, lambda: "Enter once more replaces it" in shown(app))
         assert file.read_text() == "mine"
         await pilot.press("enter")
         await until(app, pilot, lambda: "Written:" in shown(app))

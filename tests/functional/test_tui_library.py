@@ -207,7 +207,7 @@ async def test_the_screen_shows_the_state_of_every_file(open_app: Open, size: tu
         assert "KV on disk: " in here.text
         assert " of 20.0 GB · written: " in here.text
         await here.select("scan.pdf")
-        assert "Open it in a viewer and print it to a new PDF." in here.text
+        assert "Print it to a new PDF from a viewer." in here.text
         await here.select("work")
         await here.pilot.press("enter")
         await here.until(lambda: "▸ work/" in here.text)

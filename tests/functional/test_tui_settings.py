@@ -100,7 +100,7 @@ def saved() -> str:
 
 @on_a_screen
 async def test_every_setting_is_there_with_its_value_meaning_and_origin() -> None:
-    async with running((200, 60), dial="fast") as (app, pilot):
+    async with running((200, 80), dial="fast") as (app, pilot):
         screen = await settings(app, pilot)
         text = shown(app)
         for setting in config.explained():

@@ -43,7 +43,7 @@ def parse(data: bytes) -> Parsed:
         # PDFium remembers its last error beyond the file that caused it.
         if "password" in str(error).lower() and b"/Encrypt" in data:
             raise Unreadable("encrypted: it needs a password", "Save it without a password.") from error
-        raise Unreadable("damaged, or not a PDF", "Open it in a viewer and print it to a new PDF.") from error
+        raise Unreadable("damaged, or not a PDF", "Print it to a new PDF from a viewer.") from error
     pages = [_lines(document, number) for number in range(len(document))]
     if not any(pages):
         raise Unreadable("no text; it looks scanned", _OCR)
