@@ -86,7 +86,7 @@ class _Pair:
         decoding = Decoding(transformer, kv, Angles(cos, sin, transformer.shape.rope.layout), 64)
         self.ours.rewind(0)
         for position, token in enumerate(self.prompt.tokens[:9]):
-            ours, plain = decoding.read(token, position), self.ours.extend([token])
+            ours, plain = decoding.read(token, position), self.ours.scores([token])[-1]
         return _error(ours.float().cpu().numpy(), plain)
 
     def _scores(self, runtime: TorchRuntime, masks: list[Mask]) -> Float32:

@@ -222,11 +222,24 @@ class TorchRuntime:
 
     @torch.no_grad()
     def extend(self, tokens: Sequence[int]) -> Float32:
+        if self._like_gpu and len(tokens) == 1:
+            return _numpy(self._decoded(tokens[0]))
         return _numpy(self._decoder.scores(self._append(tokens, hidden=True)[-1]))
 
     @torch.no_grad()
     def scores(self, tokens: Sequence[int]) -> Float32:
         return _numpy(self._decoder.scores(self._append(tokens, hidden=True)))
+
+    def _decoded(self, token: int) -> Tensor:
+        """Appends one token by a recording, of which there is one for every so many rows; scores of the next."""
+        self._check()
+        self.reserve(self._live + 1)
+        stop = min(_whole_steps(self._live + 1), self._kv.cells)
+        if stop not in self._decodings:
+            self._decodings[stop] = Decoding(self.model, self._kv, self._angles, stop)
+        scores = self._decodings[stop].read(token, self._live)
+        self._live += 1
+        return scores
 
     def _append(self, tokens: Sequence[int], hidden: bool = False) -> Tensor:
         """Appends tokens to the live sequence; the last ones' output of the top layer, if it is wanted."""
