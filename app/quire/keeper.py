@@ -310,8 +310,7 @@ class Keeper:
             self._host.estimate(self._speed.left_ms(state) * (2 if busy else 1))
 
         self._speed.begin()
-        for vectors in session.vectors:  # finding comes first
-            vectors.complete(lambda _done, _total: None, self._host.yields)
+        session.embed(self._host.yields)  # finding comes first
         done = session.shelf.cache(progress, lambda: self._host.yields() or self.hold is not None)
         self.wanted = done.done < done.total and not done.over_budget
         self._host.budget(done.over_budget)

@@ -112,10 +112,14 @@ class Session:
     def cache(self, progress: Callable[[CacheProgress], None], should_stop: Callable[[], bool]) -> CacheProgress:
         """Stores the KV of every chunk in the library that is not stored yet, as far as the disk budget goes; before
         that the vectors, where there is an embedding model, because finding comes first."""
-        for vectors in self.vectors:
-            vectors.complete(lambda _done, _total: None, should_stop)
+        self.embed(should_stop)
         self.shelf.refresh()
         return self.shelf.cache(progress, should_stop)
+
+    def embed(self, should_stop: Callable[[], bool]) -> None:
+        """Makes the vectors that are missing, where there is an embedding model."""
+        for vectors in self.vectors:
+            vectors.complete(lambda _done, _total: None, should_stop)
 
     @property
     def vectors(self) -> tuple[Vectors, ...]:

@@ -411,11 +411,10 @@ class Engine:
         held = self.turns.shared(line.earlier)
         absent = line.earlier[held:]
         stored = [turn.tokens for turn in absent if self._stores_turns(request) and self.turns.stored(turn)]
-        question = len(self._writer.question(request.question))
         selector = selectors.parse(request.selector)
-        chunks = tuple(map(self._segment, line.asked.passages))
-        segments = {s.key: s for s in (self.chunks.preamble, *chunks) if s.tokens}
         prompt = self._prompt(line.asked, line.tokens - line.asked_tokens)
+        chunks, question = prompt.chunks, len(prompt.question)
+        segments = {s.key: s for s in (self.chunks.preamble, *chunks) if s.tokens}
         lead = self._lead(prompt) if request.ratio < 1 and not selector.compares_values else 0
         pools = Counter[str]()
         for segment in chunks if line.earlier else (self.chunks.preamble, *chunks):

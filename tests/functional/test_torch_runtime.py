@@ -78,7 +78,7 @@ def prompt_of(preamble: int = 11, chunks: Sequence[int] = (60, 45), question: in
 def stored(runtime: Runtime, guard: Sequence[int], tokens: Sequence[int]) -> ChunkReader:
     """A chunk's KV behind a guard, without loss but float16's."""
     k_pre, v = runtime.encode(guard, tokens)
-    exact = BitPlan.uniform(len(k_pre), 16, 16)
+    exact = BitPlan.exact(len(k_pre))
     packed = codec.encode(ChunkKV(k_pre, v, {}), exact, codec.text_order(len(tokens)))
     return ChunkReader(MemorySource(to_bytes(packed, bytes(32))))
 

@@ -139,7 +139,6 @@ class FakeSession:
     hits: tuple[Hit, ...] = (
         Hit("id", "The tower was built by Ida Marlow.", 9, Path("/d/tower.md"), 1, 3, "Tower", 1.0),
     )
-    vectors: tuple[()] = ()
     library: FakeLibrary = field(default_factory=FakeLibrary)
     engine: FakeEngine = field(default_factory=FakeEngine)
     settings: config.Settings = field(default_factory=config.Settings)
@@ -149,6 +148,9 @@ class FakeSession:
     said: list[str] = field(default_factory=list)
     thread: str = ""
     closed: bool = False
+
+    def embed(self, should_stop: Callable[[], bool]) -> None:
+        """Has no embedding model."""
 
     @property
     def shelf(self) -> FakeShelf:

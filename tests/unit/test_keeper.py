@@ -57,8 +57,10 @@ class FakeSession:
         self.store = self.catalogue.store("0123456789abcdef")
         self.engine = FakeEngine(self)
         turns = self.catalogue.store("turns-0123456789abcdef")
-        self.vectors = ()
         self.shelf = Shelf(self.library, self.engine, self.catalogue, self.store, turns, "f" * 64)
+
+    def embed(self, should_stop: Callable[[], bool]) -> None:
+        """Has no embedding model."""
 
     def index(self, roots: Sequence[Path], progress: Callable[[IndexProgress], None]) -> IndexReport:
         return index_roots(self.library, roots, lambda text: len(text.split()), "words", self.settings, progress)
