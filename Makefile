@@ -12,7 +12,7 @@ demo: install
 	$(DEMO) ask "How many litres does the barrel behind the shed hold?"
 	$(DEMO) ask "Who ground the mirror of the telescope?"
 
-# Files of tests side by side, each worker on cores of its own (tests/conftest.py).
+# Files of tests side by side, each on a core that few others share (tests/conftest.py).
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile
 

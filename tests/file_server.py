@@ -13,7 +13,7 @@ from typing import Any
 @dataclass
 class FileServer:
     """files: by path. breaks_after: every connection ends after so many bytes; 0: none does.  checksum: whether it is
-    sent, and which (empty: the right one).  gate: holds every piece back until it is set."""
+    sent, and which (empty: the right one).  gate: holds every piece back until it is set.  port: 0 takes a free one."""
 
     files: dict[str, bytes]
     breaks_after: int = 0
@@ -22,7 +22,9 @@ class FileServer:
     status: int = 0
     gate: threading.Event = field(default_factory=threading.Event)
     asked: list[tuple[str, str]] = field(default_factory=list)  # path and Range of every request
+    tokens: list[str] = field(default_factory=list)  # as each of them brought it
     address: str = ""
+    port: int = 0
 
 
 @contextmanager
@@ -33,6 +35,7 @@ def serving(server: FileServer) -> Iterator[FileServer]:
         def do_GET(self) -> None:
             path, span = self.path, self.headers.get("Range", "")
             server.asked.append((path, span))
+            server.tokens.append(self.headers.get("Authorization", ""))
             if server.status:
                 return self._head(server.status)
             if "/resolve/" in path:  # as Hugging Face: the checksum, and the way to another server
@@ -75,7 +78,7 @@ def serving(server: FileServer) -> Iterator[FileServer]:
         def handle_error(self, *_: Any) -> None:
             pass  # a client that hung up
 
-    httpd = Quiet(("127.0.0.1", 0), Handler)
+    httpd = Quiet(("127.0.0.1", server.port), Handler)
     server.address = f"http://127.0.0.1:{httpd.server_port}"
     thread = threading.Thread(target=httpd.serve_forever, args=(0.02,))
     thread.start()

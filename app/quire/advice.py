@@ -15,11 +15,12 @@ from quire_engine.runtimes import choose
 @dataclass(frozen=True)
 class Machine:
     """memory_bytes: of it all.  device: what its maker calls the graphics device; empty where there is none.
-    device_bytes: that are free on it."""
+    device_bytes: that are free on it.  keeps_blocks: whether weights take no more room there than in their file."""
 
     memory_bytes: int
     device: str = ""
     device_bytes: int = 0
+    keeps_blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Advice:
 def this_machine() -> Machine:
     """Imports PyTorch where there is a graphics driver."""
     if device := choose.device():
-        return Machine(models.memory_bytes(), device.title, device.free_bytes)
+        return Machine(models.memory_bytes(), device.title, device.free_bytes, device.keeps_blocks)
     return Machine(models.memory_bytes())
 
 
@@ -103,13 +104,14 @@ def on(machine: Machine) -> Advice:
 
 
 def _suited(model: Known, machine: Machine) -> Suited:
-    device_bytes = int(1e9 * model.billions * choose.BYTES_PER_WEIGHT)
+    numbers = int(1e9 * model.billions * choose.BYTES_PER_WEIGHT)
+    device_bytes = model.size_bytes if machine.keeps_blocks else numbers
     return Suited(
         model,
         model.memory_bytes,
         device_bytes,
         models.fits(model.size_bytes, machine.memory_bytes),
-        device_bytes <= choose.SHARE_FOR_WEIGHTS * machine.device_bytes,
+        device_bytes <= choose.room_for_weights(machine.device_bytes),
     )
 
 

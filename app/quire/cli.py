@@ -140,7 +140,12 @@ def remove(paths: tuple[Path, ...]) -> None:
 @model_option
 @json_option
 def status(model: str | None, as_json: bool) -> None:
-    """Show what was added, what is cached, and which files were skipped and why."""
+    """Show what was added, what is cached, and which files were skipped and why.
+
+    With --json: folders, documents (how many were read), skipped (path, reason, remedy); passages, tokens, cached (how
+    many passages are); disk_bytes, limit_bytes (the budget; 0: none), written_bytes (ever); model, runtime, leaves
+    (what leaves this computer, where a server answers), reuse_off (why nothing is cached with this model), finding.
+    """
     from quire import overview
 
     with session_by(model=model) as session:
@@ -151,13 +156,14 @@ def status(model: str | None, as_json: bool) -> None:
 @main.command()
 @click.argument("question")
 @question_options(
-    ("fast", "balanced", "exact"), "How near to full prefill: fast aims at KL 0.1, balanced at 0.05, exact is it."
+    ("fast", "balanced", "exact"), "How near to full prefill: fast aims at KL 0.05, balanced at 0.02, exact is it."
 )
 @click.option("--all", "whole", is_flag=True, help="Read every passage, not only what is found: slow, but complete.")
 def ask(question: str, within: Path | None, as_json: bool, whole: bool, **settings: Any) -> None:
     """Answer a question from the documents, with its sources and what it took.
 
-    With --all, or the words "in all files" in it, every passage is read, and every document accounted for.
+    With --all, or the words "in all files" in it, or /all before it, every passage is read, and every document
+    accounted for: with --json in documents (path, state: contributed, nothing, unreadable or not reached; reason).
     """
     from quire.whole import asks_for_all
 
@@ -209,7 +215,7 @@ class _Answering:
         self._say(render.truth_line(found, forecast, answered), dim=True)
 
     def _about(self) -> dict[str, object]:
-        from quire.config import FromDial
+        from quire.config_values import FromDial
         from quire_engine.selection import selectors
 
         settings, engine = self._session.settings, self._session.engine

@@ -13,10 +13,30 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Protocol, cast, get_args
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Final, Literal, cast, get_args
 
 from quire import paths
+from quire.config_values import (
+    BUNDLED,
+    FROM_DIAL,
+    FROM_MACHINE,
+    NO_EMBEDDER,
+    Address,
+    BundledModel,
+    Choice,
+    File,
+    FromDial,
+    FromMachine,
+    Kind,
+    Name,
+    NoEmbedder,
+    OrEmpty,
+    Patterns,
+    Real,
+    Switch,
+    Text,
+    Whole,
+)
 from quire_engine.errors import QuireError
 
 Dial = Literal["fast", "balanced", "exact"]
@@ -24,195 +44,6 @@ Origin = Literal["flag", "environment", "file", "default"]
 
 KEY_VARIABLE: Final = "QUIRE_OPENAI_KEY"  # never in a file
 _NOT_SETTINGS = ("QUIRE_DATA_DIR", "QUIRE_CACHE_DIR", "QUIRE_CONFIG_DIR", KEY_VARIABLE)
-
-
-@dataclass(frozen=True)
-class BundledModel:
-    """No model was chosen: the small one that the installation brought."""
-
-
-@dataclass(frozen=True)
-class FromDial:
-    """No ratio was chosen: the dial decides."""
-
-
-@dataclass(frozen=True)
-class NoEmbedder:
-    """No embedding model was chosen: passages are found by their words."""
-
-
-@dataclass(frozen=True)
-class FromMachine:
-    """No amount was chosen: a share of what this machine has."""
-
-
-BUNDLED: Final = BundledModel()
-FROM_DIAL: Final = FromDial()
-FROM_MACHINE: Final = FromMachine()
-NO_EMBEDDER: Final = NoEmbedder()
-
-
-class _Rule(Protocol):
-    """What a setting accepts: read() raises ValueError for anything else, allowed() says it in words."""
-
-    def read(self, value: object) -> object: ...
-    def allowed(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class _Whole:
-    low: int
-    high: int
-
-    def read(self, value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int | str):
-            raise ValueError
-        number = int(value)
-        if not self.low <= number <= self.high:
-            raise ValueError
-        return number
-
-    def allowed(self) -> str:
-        return f"a whole number from {self.low:,} to {self.high:,}"
-
-
-@dataclass(frozen=True)
-class _Real:
-    low: float
-    high: float
-
-    def read(self, value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise ValueError
-        number = float(value)
-        if not self.low <= number <= self.high:  # not a number fails here too
-            raise ValueError
-        return number
-
-    def allowed(self) -> str:
-        return f"a number from {self.low:,.12g} to {self.high:,.12g}"
-
-
-@dataclass(frozen=True)
-class _Choice:
-    values: tuple[str | int, ...]
-
-    def read(self, value: object) -> str | int:
-        for choice in self.values:
-            if not isinstance(value, bool | float) and str(value) == str(choice):
-                return choice
-        raise ValueError
-
-    def allowed(self) -> str:
-        return f"one of {', '.join(map(str, self.values))}"
-
-
-@dataclass(frozen=True)
-class _Switch:
-    def read(self, value: object) -> bool:
-        if isinstance(value, bool):
-            return value
-        return {"on": True, "true": True, "off": False, "false": False}[str(value).lower()]
-
-    def allowed(self) -> str:
-        return "on or off"
-
-
-@dataclass(frozen=True)
-class _Name:
-    def read(self, value: object) -> str:
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError
-        return value.strip()
-
-    def allowed(self) -> str:
-        return "a name"
-
-
-@dataclass(frozen=True)
-class _Model:
-    def read(self, value: object) -> Path | BundledModel:
-        if isinstance(value, BundledModel) or value == "":
-            return BUNDLED
-        if not isinstance(value, str | Path):
-            raise ValueError
-        return Path(value).expanduser()
-
-    def allowed(self) -> str:
-        return "the path of a GGUF file, or empty for the bundled model"
-
-
-@dataclass(frozen=True)
-class _Embedder:
-    def read(self, value: object) -> Path | NoEmbedder:
-        if isinstance(value, NoEmbedder) or value == "":
-            return NO_EMBEDDER
-        if not isinstance(value, str | Path):
-            raise ValueError
-        return Path(value).expanduser()
-
-    def allowed(self) -> str:
-        return "the path of a GGUF file, or empty to find by words alone"
-
-
-@dataclass(frozen=True)
-class _Ratio(_Real):
-    def read(self, value: object) -> float | FromDial:  # type: ignore[override]
-        return FROM_DIAL if isinstance(value, FromDial) or value == "" else super().read(value)
-
-    def allowed(self) -> str:
-        return f"{super().allowed()}, or empty to follow the dial"
-
-
-@dataclass(frozen=True)
-class _Memory(_Real):
-    def read(self, value: object) -> float | FromMachine:  # type: ignore[override]
-        return FROM_MACHINE if isinstance(value, FromMachine) or value == "" else super().read(value)
-
-    def allowed(self) -> str:
-        return f"{super().allowed()}, or empty for a sixteenth of this machine's"
-
-
-@dataclass(frozen=True)
-class _Patterns:
-    def read(self, value: object) -> str:
-        if not isinstance(value, str):
-            raise ValueError
-        if value.strip():
-            from quire import ignore  # only now: most people set none
-
-            ignore.check(ignore.patterns(value))
-        return value.strip()
-
-    def allowed(self) -> str:
-        return "patterns with commas between them, as in .gitignore: *.md, docs/**; empty for all"
-
-
-@dataclass(frozen=True)
-class _Text:
-    """Any text, also none."""
-
-    meaning: str
-
-    def read(self, value: object) -> str:
-        if not isinstance(value, str):
-            raise ValueError
-        return value.strip()
-
-    def allowed(self) -> str:
-        return self.meaning
-
-
-@dataclass(frozen=True)
-class _Address(_Text):
-    def read(self, value: object) -> str:
-        address = super().read(value)
-        parts = urlsplit(address)
-        if address and (parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc):
-            raise ValueError
-        _ = parts.port  # ValueError where it is none
-        return address
-
 
 _RUNTIMES = ("auto", "llama.cpp", "torch", "openai")
 _PRECISIONS = ("safe", "default", "compact", "tiny", "kvmix", "fp16")
@@ -230,45 +61,60 @@ THEMES: Final = (
 class Settings:
     """Everything a person can set: its type, what it accepts, what it means (shown by the command line)."""
 
-    model: Annotated[Path | BundledModel, _Model(), "GGUF file to use; empty: the bundled one"] = BUNDLED
+    model: Annotated[
+        Path | BundledModel,
+        OrEmpty(File(), BUNDLED, "for the bundled model"),
+        "GGUF file to use; empty: the bundled one",
+    ] = BUNDLED
     dial: Annotated[
-        Dial, _Choice(("fast", "balanced", "exact")), "how near to full prefill: KL 0.1, KL 0.05, or all of it"
+        Dial, Choice(("fast", "balanced", "exact")), "how near to full prefill: KL 0.05, KL 0.02, or all of it"
     ] = "balanced"
     ratio: Annotated[
-        float | FromDial, _Ratio(0, 1), "share of the reused tokens to recompute; empty: the dial decides"
+        float | FromDial,
+        OrEmpty(Real(0, 1), FROM_DIAL, "to follow the dial"),
+        "share of the reused tokens to recompute; empty: the dial decides",
     ] = FROM_DIAL
-    selector: Annotated[str, _Name(), "rule that picks the tokens to recompute"] = "default"
-    context_tokens: Annotated[int, _Whole(64, 1_000_000), "tokens of documents a question may use"] = 1500
-    chunk_tokens: Annotated[int, _Whole(32, 8192), "largest chunk; changing it caches all anew"] = 512
-    max_tokens: Annotated[int, _Whole(1, 100_000), "longest answer"] = 256
-    temperature: Annotated[float, _Real(0, 2), "0: always the likeliest word; higher: more varied"] = 0.0
-    threads: Annotated[int, _Whole(0, 1024), "processor threads to compute with; 0: all cores"] = 0
+    selector: Annotated[str, Name(), "rule that picks the tokens to recompute"] = "default"
+    context_tokens: Annotated[int, Whole(64, 1_000_000), "tokens of documents a question may use"] = 1500
+    chunk_tokens: Annotated[int, Whole(32, 8192), "largest chunk; changing it caches all anew"] = 512
+    max_tokens: Annotated[int, Whole(1, 100_000), "longest answer"] = 256
+    temperature: Annotated[float, Real(0, 2), "0: always the likeliest word; higher: more varied"] = 0.0
+    threads: Annotated[int, Whole(0, 1024), "processor threads to compute with; 0: all cores"] = 0
     precision: Annotated[
-        str, _Choice(_PRECISIONS), "of cached KV: safe is larger, compact and tiny smaller; fp16 is not compressed"
+        str, Choice(_PRECISIONS), "of cached KV: safe is larger, compact and tiny smaller; fp16 is not compressed"
     ] = "default"
-    max_file_mb: Annotated[int, _Whole(1, 4096), "larger files are skipped, and listed"] = 20
-    include: Annotated[str, _Patterns(), "which files of added folders are read; empty: all"] = ""
+    max_file_mb: Annotated[int, Whole(1, 4096), "larger files are skipped, and listed"] = 200
+    include: Annotated[str, Patterns(), "which files of added folders are read; empty: all"] = ""
     considerate: Annotated[
-        bool, _Switch(), "caching waits on battery and makes room where the machine is busy; off: it does not"
+        bool, Switch(), "caching waits on battery and makes room where the machine is busy; off: it does not"
     ] = True
-    cache_gb: Annotated[float, _Real(0, 1_000_000), "disk space for cached KV, in GB; 0: no limit"] = 20.0
+    cache_gb: Annotated[float, Real(0, 1_000_000), "disk space for cached KV, in GB; 0: no limit"] = 20.0
     memory_gb: Annotated[
-        float | FromMachine, _Memory(0, 1_000_000), "memory for KV that questions found lately, in GB; 0: none"
+        float | FromMachine,
+        OrEmpty(Real(0, 1_000_000), FROM_MACHINE, "for a sixteenth of this machine's"),
+        "memory for KV that questions found lately, in GB; 0: none",
     ] = FROM_MACHINE
     embedder: Annotated[
-        Path | NoEmbedder, _Embedder(), "GGUF file of an embedding model, to find by meaning too; empty: by words alone"
+        Path | NoEmbedder,
+        OrEmpty(File(), NO_EMBEDDER, "to find by words alone"),
+        "GGUF file of an embedding model, to find by meaning too; empty: by words alone",
     ] = NO_EMBEDDER
     runtime: Annotated[
-        str, _Choice(_RUNTIMES), "what computes; auto: torch where it finds a graphics device, else llama.cpp"
+        str, Choice(_RUNTIMES), "what computes; auto: torch where it finds a graphics device, else llama.cpp"
     ] = "auto"
+    live_window: Annotated[
+        int,
+        Whole(0, 1_000_000),
+        "tokens of a conversation, the latest, that the torch runtime keeps exactly; older ones are packed; 0: all",
+    ] = 0
     openai_url: Annotated[
-        str, _Address("an address such as http://localhost:8000/v1"), "server that answers when the runtime is openai"
+        str, Address("an address such as http://localhost:8000/v1"), "server that answers when the runtime is openai"
     ] = ""
     openai_model: Annotated[
-        str, _Text("as the server calls it; empty: the first that it lists"), "model to ask that server for"
+        str, Text("as the server calls it; empty: the first that it lists"), "model to ask that server for"
     ] = ""
-    theme: Annotated[str, _Choice(THEMES), "colours; ansi-dark and ansi-light use the terminal's own"] = "textual-dark"
-    animations: Annotated[bool, _Switch(), "whether anything on the screen moves by itself"] = True
+    theme: Annotated[str, Choice(THEMES), "colours; ansi-dark and ansi-light use the terminal's own"] = "textual-dark"
+    animations: Annotated[bool, Switch(), "whether anything on the screen moves by itself"] = True
 
 
 # What stored KV depends on; and what needs nothing to be opened again, but counts from the next question on.
@@ -289,7 +135,7 @@ COUNTS_AT_ONCE: Final = frozenset(
     }
 )
 
-_RULES: Final[dict[str, _Rule]] = {f.name: get_args(f.type)[1] for f in fields(Settings)}
+_KINDS: Final[dict[str, Kind]] = {f.name: get_args(f.type)[1] for f in fields(Settings)}
 _MEANINGS: Final[dict[str, str]] = {f.name: get_args(f.type)[2] for f in fields(Settings)}
 
 
@@ -307,15 +153,15 @@ class Explained:
 def explained() -> list[Explained]:
     """All settings with what they mean and accept, in the order of their declaration."""
     return [
-        Explained(f.name, f.default, _RULES[f.name].allowed(), _MEANINGS[f.name], _choices(_RULES[f.name]))
+        Explained(f.name, f.default, _KINDS[f.name].allowed(), _MEANINGS[f.name], _choices(_KINDS[f.name]))
         for f in fields(Settings)
     ]
 
 
-def _choices(rule: _Rule) -> tuple[str, ...]:
-    if isinstance(rule, _Choice):
-        return tuple(map(str, rule.values))
-    return ("on", "off") if isinstance(rule, _Switch) else ()
+def _choices(kind: Kind) -> tuple[str, ...]:
+    if isinstance(kind, Choice):
+        return tuple(map(str, kind.values))
+    return ("on", "off") if isinstance(kind, Switch) else ()
 
 
 def written(value: object) -> str:
@@ -420,12 +266,12 @@ def _toml(value: object) -> object:
 
 
 def _comment(name: str) -> str:
-    return f"{_MEANINGS[name]} ({_RULES[name].allowed()})"
+    return f"{_MEANINGS[name]} ({_KINDS[name].allowed()})"
 
 
 def _without_comments_of(names: Collection[str], text: str) -> str:
     """Without the lines that `save` wrote above these settings."""
-    for name in names & _RULES.keys():
+    for name in names & _KINDS.keys():
         text = text.replace(f"# {_comment(name)}\n", "", 1)
     return f"{text.strip()}\n" if text.strip() else ""
 
@@ -490,15 +336,15 @@ def _checked(values: Mapping[str, object], sets: str, spell: Callable[[str], str
     for name, value in values.items():
         _refuse_unknown(name, sets)
         try:
-            checked[name] = _RULES[name].read(value)
+            checked[name] = _KINDS[name].read(value)
         except (ValueError, KeyError, OverflowError, RuntimeError) as error:  # RuntimeError: ~ without a home directory
             message = f"{sets} {spell(name)} to {value!r}, which is not allowed."
-            raise QuireError(message, f"{spell(name)} is {_RULES[name].allowed()}.") from error
+            raise QuireError(message, f"{spell(name)} is {_KINDS[name].allowed()}.") from error
     return checked
 
 
 def _refuse_unknown(name: str, sets: str) -> None:
-    if name not in _RULES:
-        close = difflib.get_close_matches(name, _RULES, n=1)
-        hint = f"Did you mean {close[0]}?" if close else f"The settings are: {', '.join(_RULES)}."
+    if name not in _KINDS:
+        close = difflib.get_close_matches(name, _KINDS, n=1)
+        hint = f"Did you mean {close[0]}?" if close else f"The settings are: {', '.join(_KINDS)}."
         raise QuireError(f"{sets} {name}, which is no setting.", hint)

@@ -14,9 +14,13 @@ from quire import paths
 from quire.history import ROOT, UNMEASURED, Ending, Gone, History, Source, Truth, Turn
 from quire.library import EVERYWHERE, Everywhere
 from quire.session import Found, Session
+from quire.transcript import Mention
+from quire.whole import Account, Part, Plan, WholeFolder, asks_for_all, bare
 from quire_engine.engine import never
 from quire_engine.errors import Aborted, QuireError
 from quire_engine.types import Answered, Event, Exchange, Forecast, Text
+
+Heard = Found | Plan | Part | Account | Event
 
 NEW: Final = 0  # the conversation that its first question begins
 _KEEP_SECONDS = 2.0  # of an unfinished answer at most so much is lost when the power fails
@@ -67,8 +71,9 @@ class Recorder:
         parent: int = ROOT,
         within: Path | Everywhere = EVERYWHERE,
         should_stop: Callable[[], bool] = never,
-    ) -> Iterator[Kept | Unkept | Found | Event]:
-        """Asks after a turn of a conversation, or at its ROOT; yields Kept or Unkept, then what Session.ask yields.
+    ) -> Iterator[Kept | Unkept | Heard]:
+        """Asks after a turn of a conversation, or at its ROOT; yields Kept or Unkept, then what Session.ask yields, or,
+        for a question that asks for all and so stands alone, what WholeFolder.ask yields.
 
         A question that fails before the first word is taken back. Raises QuireError as Session.ask does, and when the
         conversation was deleted meanwhile.
@@ -82,10 +87,10 @@ class Recorder:
             raise QuireError(message, "Begin a new one to ask this.", error.message) from error
         except QuireError as error:
             yield Unkept(error)
-            yield from session.ask(question, within, should_stop, history=past)
+            yield from _asked(session, question, past, within, should_stop)
             return
         yield kept
-        yield from self._recorded(kept.turn, session.ask(question, within, should_stop, history=past))
+        yield from self._recorded(kept.turn, _asked(session, question, past, within, should_stop))
 
     def questions(self, limit: int) -> list[str]:
         """What was asked last in any conversation, the newest last."""
@@ -106,7 +111,7 @@ class Recorder:
         turn = self._history.add_turn(conversation, parent, question, model)
         return Kept(conversation, turn, tuple(t.id for t in self._history.children(conversation, parent)))
 
-    def _recorded(self, turn: int, events: Iterator[Found | Event]) -> Iterator[Unkept | Found | Event]:
+    def _recorded(self, turn: int, events: Iterator[Heard]) -> Iterator[Unkept | Heard]:
         record = _Record()
         kept_at = time.monotonic()
         try:
@@ -137,7 +142,20 @@ class Recorder:
             yield Unkept(error)
 
     def _keep(self, turn: int, record: "_Record", ending: Ending) -> None:
-        self._history.finish_turn(turn, record.text, ending, record.sources, record.truth)
+        self._history.finish_turn(turn, record.text, ending, record.sources, record.truth, record.documents)
+
+
+def _asked(
+    session: Session,
+    question: str,
+    past: Sequence[Exchange],
+    within: Path | Everywhere,
+    should_stop: Callable[[], bool],
+) -> Iterator[Heard]:
+    if asks_for_all(question):
+        yield from WholeFolder(session).ask(question, within, should_stop)
+    else:
+        yield from session.ask(question, within, should_stop, history=past)
 
 
 @dataclass
@@ -146,6 +164,7 @@ class _Record:
 
     pieces: list[str] = field(default_factory=list)
     found: Found = field(default_factory=lambda: Found((), 0.0))
+    documents: tuple[Mention, ...] = ()
     forecast: Forecast = UNMEASURED.predicted
     truth: Truth = UNMEASURED
     over: bool = False
@@ -159,22 +178,26 @@ class _Record:
         hits = self.found.sources
         return [Source(h.path, h.start_line, h.end_line, h.heading, h.text, h.score, h.place) for h in hits]
 
-    def hear(self, event: Found | Event) -> None:
-        if isinstance(event, Text):
-            self.pieces.append(event.text)
-        elif isinstance(event, Found):
-            self.found = event
-        elif isinstance(event, Forecast):
-            self.forecast = event
-        else:
-            self.over = True
-            self.truth = Truth(self.found.search_ms, self.forecast, event.tokens, event.timings, event.ratio)
+    def hear(self, event: Heard) -> None:
+        match event:
+            case Text():
+                self.pieces.append(event.text)
+            case Found():
+                self.found = event
+            case Account():
+                self.found, self.documents = Found(event.sources, 0.0), event.documents
+            case Forecast():
+                self.forecast = event
+            case Answered():
+                self.over = True
+                self.truth = Truth(self.found.search_ms, self.forecast, event.tokens, event.timings, event.ratio)
 
 
 def exchanges(line: Sequence[Turn]) -> tuple[Exchange, ...]:
-    """The turns as the model read them. A question that was never answered is left out."""
+    """The turns as the model read them. A question that was never answered is left out, and the passages of one that
+    was put to all documents, which never stood in one context."""
     return tuple(
-        Exchange(tuple(source.text for source in turn.sources), turn.question, turn.answer)
+        Exchange(() if turn.documents else tuple(s.text for s in turn.sources), bare(turn.question), turn.answer)
         for turn in line
         if turn.answer
     )

@@ -19,12 +19,15 @@ from types import MappingProxyType
 from typing import Literal
 
 from quire import config, holdings, models, paths
-from quire.config import BundledModel, Settings
+from quire.config import Settings
+from quire.config_values import BundledModel, NoEmbedder
 from quire.conversation import open_history
+from quire.elsewhere import server_of
+from quire.embedding import described, embedder_of, pools
 from quire.library import Library
 from quire.model_files import model_file
 from quire.render import duration, size
-from quire.session import Session, server_of
+from quire.session import Session
 from quire.terminal import printable
 from quire.watcher import Pace, Watcher, network_mount
 from quire_engine import gguf
@@ -112,6 +115,7 @@ class _Doctor:
             self.conversations,
             self.watches,
             self.model,
+            self.finding,
             self.runtime,
             self.pytorch,
             self.kernels,
@@ -182,6 +186,24 @@ class _Doctor:
             return Finding("model", "warn", f"{found}; {printable(off)}", remedy, numbers)
         small = "; it came with Quire and is small: quire models recommend"
         return Finding("model", "ok", found + small * bundled, numbers=numbers)
+
+    def finding(self) -> Finding:
+        """How passages are found; an embedding model is opened and tried."""
+        file = self._settings.embedder
+        if isinstance(file, NoEmbedder):
+            return Finding(
+                "finding", "ok", "by words alone; an embedding model adds meaning: quire config set embedder"
+            )
+        embedder = embedder_of(file, self._settings.threads)
+        began = time.perf_counter()
+        embedder.question("Does it find by meaning?")
+        took_ms = 1000 * (time.perf_counter() - began)
+        found = f"by words and meaning ({described(file)}); a question takes it {duration(took_ms)}"
+        numbers = {"question_ms": round(took_ms, 1)}
+        if not pools(gguf.read(file)):
+            remedy = "It is a chat model. Choose one made for embedding: quire config set embedder FILE.gguf"
+            return Finding("finding", "warn", found, remedy, numbers)
+        return Finding("finding", "ok", found, numbers=numbers)
 
     def runtime(self) -> Finding:
         if self._settings.runtime == choose.OPENAI:

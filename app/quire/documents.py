@@ -16,7 +16,7 @@ from pathlib import Path
 
 from quire.chunking import Passage
 from quire.formats import base as formats
-from quire.formats.base import Mark, Unreadable, place
+from quire.formats.base import MOST_CHARACTERS, Mark, TooMuchText, Unreadable, place
 from quire.outline import Markup
 from quire.parsing import Parser
 
@@ -58,6 +58,7 @@ _BYTE_ORDER_MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _HEAD_BYTES = 8192  # enough to tell a binary file before reading the rest
+_MOST_BYTES_OF_TEXT = 4 * (MOST_CHARACTERS + 1)  # no character takes more, nor does a byte order mark
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ def document_of(file: File, parser: Parser, waiting: Callable[[], None] = lambda
         parsed = parser.parse(format, file.data, waiting)
         return Document(parsed.text, markup, parsed.marks)
     text = _decode(file.data)
+    if len(text) > MOST_CHARACTERS:
+        raise TooMuchText
     if not text.strip():
         raise Unreadable("empty", "Nothing to do: it holds no text.")
     return Document(text, markup)
@@ -160,8 +163,11 @@ def _read_bytes(path: Path, max_bytes: int) -> tuple[bytes, os.stat_result]:
         if status.st_size > max_bytes:
             raise _too_large(status.st_size, max_bytes)
         head = file.read(_HEAD_BYTES)
-        if path.suffix.lower() not in _FORMATS and _is_binary(head):
-            raise Unreadable("a binary file", "Only text can be used.")
+        if path.suffix.lower() not in _FORMATS:
+            if _is_binary(head):
+                raise Unreadable("a binary file", "Only text can be used.")
+            if status.st_size > _MOST_BYTES_OF_TEXT:
+                raise TooMuchText
         data = head + file.read(max_bytes + 1 - len(head))  # it may have grown since
     if len(data) > max_bytes:
         raise _too_large(len(data), max_bytes)

@@ -11,10 +11,13 @@ import http.client
 import os
 import re
 import shutil
+import socket
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
@@ -29,10 +32,13 @@ _PIECE_BYTES = 1 << 18
 _TIMEOUT_S = 30.0
 _MOST_REDIRECTS = 8
 _TRIES = 5  # in a row that bring nothing; a connection that breaks now and then is not given up
+_PAUSE_S = 1.0  # before a server that is gone in the middle of a file is tried again; doubled each time
+_POLL_S = 0.1
 _SPARE_BYTES = 200_000_000  # that a disk keeps free
 _SHA256 = re.compile(r'"?([0-9a-f]{64})"?')
 _RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
 _HUB: Final = "https://huggingface.co"
+_MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True)
@@ -59,24 +65,25 @@ def fetch(
 
     sha256: what it must be, in hex; empty: what the server says it is, if it does. Raises Aborted soon after
     should_stop() turns true, and QuireError for what went wrong; what came until then is kept for the next time.
+    should_stop is called from another thread too.
     """
     with _alone(target) as part:
-        tries = 0
+        tries, at_first = 0, _size(part)
         while True:
             before = _size(part)
             try:
                 _Attempt(address, target, part, sha256).run(progress, should_stop)
                 return
             except (http.client.HTTPException, OSError) as error:
+                if should_stop():
+                    raise Aborted from error
                 tries = 1 if _size(part) > before else tries + 1
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                     raise _no_space(target, 0) from error
                 if tries >= _TRIES or isinstance(error, PermissionError):
-                    raise QuireError(
-                        f"{target.name} could not be fetched whole: {_reason(error)}.",
-                        "What came is kept. Do the same again to go on from there.",
-                        address,
-                    ) from error
+                    raise _failed(target, error, address, anything=_size(part) > 0) from error
+                if isinstance(error, urllib.error.URLError) and _size(part) > at_first:
+                    _wait(_PAUSE_S * 2 ** (tries - 1), should_stop)  # a network that was there may come back
 
 
 @dataclass
@@ -100,17 +107,20 @@ class _Attempt:
                 out.truncate(start)
                 digest = _digest_of(out, should_stop)
                 progress(Fetching(start, total))
-                for piece in iter(lambda: response.read(_PIECE_BYTES), b""):
-                    if start == 0 and not piece.startswith(b"GGUF"):
-                        raise QuireError(f"{self.address} is no GGUF model.", "Name the .gguf file itself.")
-                    out.write(piece)
-                    digest.update(piece)
-                    start += len(piece)
-                    progress(Fetching(start, total))
-                    if should_stop():
-                        raise Aborted
+                with _hung_up(response, should_stop):
+                    for piece in _pieces(response, first_bytes=0 if start else len(_MAGIC)):
+                        if start == 0 and not piece.startswith(_MAGIC):
+                            raise QuireError(f"{self.address} is no GGUF model.", "Name the .gguf file itself.")
+                        out.write(piece)
+                        digest.update(piece)
+                        start += len(piece)
+                        progress(Fetching(start, total))
+                        if should_stop():
+                            raise Aborted
                 out.flush()
                 os.fsync(out.fileno())
+        if should_stop():
+            raise Aborted
         if total and start != total:
             raise http.client.IncompleteRead(b"", total - start)
         self._finish(digest.hexdigest())
@@ -165,7 +175,7 @@ def _open(address: str, have: int, tag: str) -> tuple[http.client.HTTPResponse, 
             request.add_header("Range", f"bytes={have}-")
             if tag:
                 request.add_header("If-Range", tag if not tag.startswith("W/") else "none")
-        if (token := os.environ.get("HF_TOKEN")) and urlsplit(address).netloc == urlsplit(_hub()).netloc:
+        if (token := os.environ.get("HF_TOKEN")) and urlsplit(address)[:2] == urlsplit(_hub())[:2]:
             request.add_header("Authorization", f"Bearer {token}")
         try:
             return (answer := opener.open(request, timeout=_TIMEOUT_S)), promised or _promised(answer.headers)
@@ -193,6 +203,43 @@ def _extent(response: http.client.HTTPResponse, have: int) -> tuple[int, int]:
             raise http.client.HTTPException("the server sent another part than asked for")
         return have, int(found[2])
     return 0, int(response.headers.get("Content-Length") or 0)
+
+
+def _pieces(response: http.client.HTTPResponse, first_bytes: int) -> Iterator[bytes]:
+    """The body as it comes, also where little comes at a time; the first piece has so many bytes, if there are."""
+    if first := response.read(first_bytes):
+        yield first
+    yield from iter(lambda: response.read1(_PIECE_BYTES), b"")
+
+
+@contextmanager
+def _hung_up(response: http.client.HTTPResponse, should_stop: Callable[[], bool]) -> Iterator[None]:
+    """Within the block the connection ends soon after should_stop() turns true, also where the server is silent."""
+    done = threading.Event()
+    with socket.socket(fileno=os.dup(response.fileno())) as connection:
+
+        def watch() -> None:
+            while not done.wait(_POLL_S):
+                if should_stop():
+                    with suppress(OSError):  # it has ended
+                        connection.shutdown(socket.SHUT_RDWR)
+                    return
+
+        thread = threading.Thread(target=watch, name="quire-hang-up")
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+def _wait(seconds: float, should_stop: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if should_stop():
+            raise Aborted
+        time.sleep(_POLL_S)
 
 
 def _digest_of(file: IO[bytes], should_stop: Callable[[], bool]) -> Any:
@@ -240,6 +287,14 @@ def _reason(error: Exception) -> str:
         return "the connection broke"
     cause = getattr(error, "reason", error)
     return str(getattr(cause, "strerror", None) or cause) or "the connection broke"
+
+
+def _failed(target: Path, error: Exception, address: str, anything: bool) -> QuireError:
+    if anything:
+        hint = "What came is kept. Do the same again to go on from there."
+        return QuireError(f"{target.name} could not be fetched whole: {_reason(error)}.", hint, address)
+    hint = "Check the connection and the address. Models that are on this computer work without a network."
+    return QuireError(f"{target.name} could not be fetched: {_reason(error)}.", hint, address)
 
 
 def _refused(address: str, code: int) -> QuireError:

@@ -20,7 +20,7 @@ from sqlite_utils import Database, Migrations
 
 from quire import transcript
 from quire.database import SqliteFile, Wording
-from quire.transcript import ROOT, UNMEASURED, Conversation, Ending, Source, Truth, Turn
+from quire.transcript import ROOT, UNMEASURED, Conversation, Ending, Mention, Source, Truth, Turn
 from quire_engine.errors import QuireError
 
 __all__ = ["ROOT", "UNMEASURED", "Conversation", "Ending", "Gone", "History", "HistoryHit", "Source", "Truth", "Turn"]
@@ -73,6 +73,12 @@ def create_tables(db: Database) -> None:
     ):
         db.execute(statement)
     _create_words(db)
+
+
+@_migrations()
+def create_documents(db: Database) -> None:
+    """Version 2. What became of every document, where a question was put to all of them."""
+    db.execute("ALTER TABLE turns ADD COLUMN documents TEXT NOT NULL DEFAULT '[]'")
 
 
 def _create_words(db: Database) -> None:
@@ -140,13 +146,22 @@ class History(SqliteFile):
         return added
 
     def finish_turn(
-        self, turn: int, answer: str, ending: Ending, sources: Sequence[Source] = (), truth: Truth = UNMEASURED
+        self,
+        turn: int,
+        answer: str,
+        ending: Ending,
+        sources: Sequence[Source] = (),
+        truth: Truth = UNMEASURED,
+        documents: Sequence[Mention] = (),
     ) -> None:
         """Writes what came of a question, in place of what was written of it before."""
         with self._writing():
             written = self._execute(
-                "UPDATE turns SET answer = ?, ending = ?, sources = ?, truth = ? WHERE id = ?",
-                [answer, ending, transcript.pack(list(sources)), transcript.pack(truth), turn],
+                "UPDATE turns SET answer = ?, ending = ?, sources = ?, truth = ?, documents = ? WHERE id = ?",
+                [
+                    *(answer, ending, transcript.pack(list(sources)), transcript.pack(truth)),
+                    *(transcript.pack(list(documents)), turn),
+                ],
             )
             _found(written.rowcount, "turn", turn)
             self._execute(
@@ -268,12 +283,12 @@ class History(SqliteFile):
         """Stores a turn under a new id; that its parent belongs to its conversation is for the foreign key to see."""
         return self._insert_row(
             """INSERT INTO turns
-                (conversation, parent, question, answer, ending, sources, truth, model, created_at)
-                VALUES (?, nullif(?, 0), ?, ?, ?, ?, ?, ?, ?)""",
+                (conversation, parent, question, answer, ending, sources, truth, model, created_at, documents)
+                VALUES (?, nullif(?, 0), ?, ?, ?, ?, ?, ?, ?, ?)""",
             [
                 *(turn.conversation, turn.parent, turn.question, turn.answer, turn.ending),
                 *(transcript.pack(turn.sources), transcript.pack(turn.truth)),
-                *(turn.model, transcript.to_stamp(turn.created_at)),
+                *(turn.model, transcript.to_stamp(turn.created_at), transcript.pack(turn.documents)),
             ],
         )
 
@@ -311,8 +326,8 @@ class History(SqliteFile):
 
     def _turns(self, where: str, arguments: Sequence[int]) -> list[Turn]:
         rows = self._rows(
-            f"""SELECT id, conversation, ifnull(parent, 0), question, answer, ending, sources, truth, model, created_at
-            FROM turns WHERE {where} ORDER BY id""",
+            f"""SELECT id, conversation, ifnull(parent, 0), question, answer, ending, sources, truth, model, created_at,
+            documents FROM turns WHERE {where} ORDER BY id""",
             arguments,
         )
         with self._readable():
@@ -339,7 +354,7 @@ class History(SqliteFile):
 
 def _turn(row: Sequence[Any]) -> Turn:
     stored = dict(zip(_TURN_FIELDS, row, strict=True))
-    for packed in ("sources", "truth"):
+    for packed in ("sources", "truth", "documents"):
         stored[packed] = json.loads(stored[packed])
     return transcript.turn_from(stored)
 

@@ -25,8 +25,8 @@ ChangeKind = Literal["added", "changed", "cut anew", "moved", "removed"]
 
 @dataclass(frozen=True)
 class Change:
-    """One file that differed from the index. chunks_new: those that the index did not have; new: their ids, and
-    tokens_new their tokens."""
+    """One file that differed from the index. chunks_new: those that the index did not have, with tokens_new tokens.
+    new: their ids where the file was changed (not of all that a large folder brings)."""
 
     path: Path
     kind: ChangeKind
@@ -207,7 +207,8 @@ class _Pass:
             kind = "moved"
         tokens = {p.chunk_id: p.tokens for p in passages}
         tokens_new = sum(tokens[chunk] for chunk in new)
-        self._changes.append(Change(file.path, kind, len(new), len(tokens), tokens_new, new))
+        ids = new if kind == "changed" else frozenset[str]()
+        self._changes.append(Change(file.path, kind, len(new), len(tokens), tokens_new, ids))
 
     def _cut(self, file: File, waiting: Callable[[], None]) -> list[Passage]:
         document: Document = document_of(file, self._parser, waiting)

@@ -343,7 +343,7 @@ class Library(SqliteFile):
             for chunk, place, path in rows:
                 if not scopes or os.path.join(path, "").startswith(tuple(scopes)):
                     first.setdefault(chunk, place)
-            return [self._hit(first[chunk], score) for chunk, score in scores.items() if chunk in first]
+            return self._hits([(first[chunk], score) for chunk, score in scores.items() if chunk in first])
 
     # Search
 
@@ -356,12 +356,12 @@ class Library(SqliteFile):
             return []
         with self._reading():
             best: dict[str, tuple[int, float]] = {}
-            for _, same in groupby(word_search.ranked(self._rows, question, _scopes(within)), key=itemgetter(1)):
+            for some in _without_parting(word_search.ranked(self._rows, question, _scopes(within)), 2 * limit):
                 if len(best) >= limit:
                     break
-                for place, chunk, score in self._in_order(dict(same)):
+                for place, chunk, score in self._in_order(dict(some)):
                     best.setdefault(chunk, (place, score))
-            return [self._hit(place, score) for place, score in list(best.values())[: max(0, limit)]]
+            return self._hits(list(best.values())[: max(0, limit)])
 
     def neighbours(self, hit: Hit) -> list[Hit]:
         """The passages right before and after a hit in its document, as far as there are any. They score nothing."""
@@ -371,22 +371,30 @@ class Library(SqliteFile):
             " AND other.ordinal IN (this.ordinal - 1, this.ordinal + 1) ORDER BY other.ordinal",
             [str(hit.path), hit.chunk_id, hit.start_line],
         )
-        return [self._hit(place, 0.0) for (place,) in rows]
+        return self._hits([(place, 0.0) for (place,) in rows])
 
     # Inside
 
     def _in_order(self, scores: Mapping[int, float]) -> list[tuple[int, str, float]]:
-        """Places with their chunks and scores, ordered by path and position."""
+        """Places with their chunks and scores, best first; equally good ones ordered by path and position."""
         rows = self._rows(
             "SELECT passages.id, chunk FROM passages JOIN documents ON documents.id = document"
             " WHERE passages.id IN (SELECT value FROM json_each(?)) ORDER BY path, ordinal",
             [json.dumps(list(scores))],
         )
-        return [(place, chunk, scores[place]) for place, chunk in rows]
+        return sorted(((place, chunk, scores[place]) for place, chunk in rows), key=lambda found: -found[2])
 
-    def _hit(self, place: int, score: float) -> Hit:
-        [(path, p)] = self._places("id = ?", place)
-        return Hit(p.chunk_id, p.text, p.tokens, path, p.start_line, p.end_line, p.heading, score, p.place)
+    def _hits(self, scores: Sequence[tuple[int, float]]) -> list[Hit]:
+        """Places with their scores as hits, in the given order."""
+        columns = "id, chunk, text, tokens, path, start_line, end_line, heading, place"
+        where = "id IN (SELECT value FROM json_each(?))"
+        rows = self._rows(f"SELECT {columns} FROM places WHERE {where}", [json.dumps([place for place, _ in scores])])
+        found = {row[0]: row[1:] for row in rows}
+        hits = []
+        for at, score in scores:
+            chunk, text, tokens, path, start, end, heading, place = found[at]
+            hits.append(Hit(chunk, text, tokens, Path(path), start, end, heading, score, place))
+        return hits
 
     def _places(self, where: str, *arguments: str | int) -> list[tuple[Path, Passage]]:
         columns = "path, text, tokens, start_line, end_line, heading, place"
@@ -431,6 +439,17 @@ def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
     rest = iter(items)
     while group := list(islice(rest, size)):
         yield group
+
+
+def _without_parting(ranked: Sequence[tuple[int, float]], size: int) -> Iterator[Sequence[tuple[int, float]]]:
+    """Runs of about that size, so that equal scores are in one."""
+    start = 0
+    while start < len(ranked):
+        end = min(start + max(1, size), len(ranked))
+        while end < len(ranked) and ranked[end][1] == ranked[end - 1][1]:
+            end += 1
+        yield ranked[start:end]
+        start = end
 
 
 def _scopes(within: Within) -> list[str]:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from quire import paths
-from quire.config import BundledModel
+from quire.config_values import BundledModel
 from quire_engine import records
 from quire_engine.errors import ModelError
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from quire import model_files, paths
-from quire.config import BUNDLED, BundledModel, Settings
+from quire.config import Settings
+from quire.config_values import BUNDLED, BundledModel
 from quire.terminal import printable
 from quire_engine.errors import ModelError, QuireError
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from quire import render
+from quire import elsewhere, render
 from quire.library import StoredDocument
 from quire.session import Session
 from quire.terminal import printable
@@ -12,7 +12,8 @@ from quire.terminal import printable
 @dataclass(frozen=True)
 class Overview:
     """passages, cached: distinct passages in the library, and how many of them have their KV on disk. disk_bytes: of KV
-    of all models and conversations, limit_bytes its budget (0: none), written_bytes what was ever written."""
+    of all models and conversations, limit_bytes its budget (0: none), written_bytes what was ever written.  leaves:
+    what leaves this computer with a question; empty where no server answers."""
 
     roots: tuple[Path, ...]
     documents: int
@@ -24,12 +25,16 @@ class Overview:
     limit_bytes: int
     written_bytes: int
     model: str
+    runtime: str
+    leaves: str
     reuse_off: str
     finds_by: str
 
     def lines(self) -> list[str]:
-        lines = [f"Model      {printable(self.model)}"]
-        if self.reuse_off:
+        lines = [f"Model      {printable(self.model)}", f"Runtime    {self.runtime}"]
+        if self.leaves:
+            lines.append(f"           {printable(self.leaves)}")
+        elif self.reuse_off:
             lines.append(f"           {printable(self.reuse_off)} Questions are answered by full prefill.")
         lines.append(f"Finding    {self.finds_by}")
         lines += [f"Folder     {render.path_from_here(root)}" for root in self.roots]
@@ -54,6 +59,8 @@ class Overview:
             "limit_bytes": self.limit_bytes,
             "written_bytes": self.written_bytes,
             "model": self.model,
+            "runtime": self.runtime,
+            "leaves": self.leaves,
             "reuse_off": self.reuse_off,
             "finding": self.finds_by,
             "skipped": [{"path": str(d.path), "reason": d.reason, "remedy": d.remedy} for d in self.skipped],
@@ -76,6 +83,8 @@ def of(session: Session) -> Overview:
         limit_bytes=usage.limit_bytes,
         written_bytes=usage.total_written_bytes,
         model=engine.model_name,
+        runtime=engine.choice.runtime,
+        leaves=elsewhere.leaves(session.settings),
         reuse_off=engine.known_reuse_off,
         finds_by=session.finds_by,
     )

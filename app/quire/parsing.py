@@ -22,6 +22,7 @@ _POLL_S = 0.03  # how long somebody with a question waits for a parser
 _DYING_S = 2.0  # between the last output of a process and its end
 _MOST_REPLY_BYTES = 200_000_000
 _NO_LIBRARY = 3  # the child's NO_LIBRARY
+_LEAST_COPIES = 2  # of a file's bytes in the process that parses it: as they came, and one at a library
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Parser:
 
         waiting: called again and again meanwhile; what it raises ends the parsing.
         """
+        if _LEAST_COPIES * len(data) > self._limits.memory_bytes:
+            raise Unreadable("needs too much memory", "Split it, or save it as text.")
         reply = self._ask(format, data, waiting)
         if "text" in reply:
             return Parsed(reply["text"], tuple(Mark(*mark) for mark in reply["marks"]))

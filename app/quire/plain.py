@@ -11,21 +11,25 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from threading import Event as Flag
 
-from quire import crash, render
+from quire import crash, elsewhere, render
 from quire.conversation import NEW, Kept, Recorder, Unkept
 from quire.history import ROOT
 from quire.library import Hit
 from quire.session import Found, Session
 from quire.terminal import printable, typed
+from quire.transcript import Mention
+from quire.whole import COMMAND, Account, Part, Plan, asks_for_all
 from quire_engine.errors import QuireError
 from quire_engine.types import Answered, Forecast, Text
 
 HELP = """\
 Type a question about your documents and press Enter. @notes/tea.md or @notes/ in it limits it to that file or folder.
+/all QUESTION reads every passage for it, and says what became of every document; so do the words "in all files".
 /add PATH adds a folder or file. /new begins a new conversation. /sources reads the passages of the last answer.
 /quit or Ctrl-D leaves. Ctrl-C stops an answer and keeps what there is."""
 _MOST_PAST = 500  # questions that Up walks through
 _INTERRUPTED = 130
+_ENDINGS = {"end": "", "stopped": "\nStopped.", "length": "\nCut off: too long."}
 
 Interruptible = Callable[[], AbstractContextManager[Flag]]
 
@@ -52,6 +56,7 @@ class _Chat:
         self._watched = sys.stdin.isatty() and sys.stdout.isatty()
         self._conversation, self._leaf = NEW, ROOT
         self._sources: tuple[Hit, ...] = ()
+        self._documents: tuple[Mention, ...] = ()
         self._failed = False
         self._stopped = False  # by the last Ctrl-C
 
@@ -59,6 +64,8 @@ class _Chat:
         if self._watched:
             self._edit_lines()
             _note(f"Quire, {printable(self._session.engine.model_name)}. /help says what can be typed.")
+        if leaves := elsewhere.leaves(self._session.settings):
+            _note(leaves)
         self._read(add)
         try:
             while (line := self._line()) != "/quit":
@@ -98,13 +105,14 @@ class _Chat:
                 case "/help":
                     _note(HELP)
                 case "/new":
-                    self._conversation, self._leaf, self._sources = NEW, ROOT, ()
+                    self._conversation, self._leaf = NEW, ROOT
+                    self._sources = self._documents = ()
                     _note("A new conversation.")
                 case "/add":
                     self._read([Path(rest.strip().strip("\"'") or ".")])
                 case "/sources":
                     self._read_out()
-                case _ if command.startswith("/") and command[1:].isalpha():
+                case _ if command.startswith("/") and command[1:].isalpha() and command != COMMAND:
                     raise QuireError(f"There is no command {command}.", "/help says which there are.")
                 case _:
                     self._ask(line)
@@ -123,10 +131,12 @@ class _Chat:
                 _note(line)
 
     def _read_out(self) -> None:
-        if not self._sources:
+        if not self._sources and not self._documents:
             _note("There are no sources yet.")
         for number, hit in enumerate(self._sources, 1):
             _say(f"{_source(number, hit)}\n{hit.text}\n")
+        for line in render.account_lines(self._documents, ""):
+            _say(line)
 
     # Questions
 
@@ -149,8 +159,15 @@ class _Chat:
                         self._announce(forecast)
                     case Text():
                         _say(event.text, end="")
+                    case Plan():
+                        _note(f"Reading {render.plan_line(event)}")
+                    case Part():
+                        _note(render.part_line(event))
+                    case Account():
+                        account = event
+                    case Answered() if asks_for_all(question):
+                        self._finish_all(account, event)
                     case Answered():
-                        self._sources = found.sources
                         self._finish(found, forecast, event)
             self._stopped = stop.is_set()
         self._conversation, self._leaf = place
@@ -160,12 +177,18 @@ class _Chat:
             _note(f"The first word comes in about {render.duration(forecast.first_token_ms)}.")
 
     def _finish(self, found: Found, forecast: Forecast, answered: Answered) -> None:
-        _say(
-            "" if answered.ending == "end" else "\nStopped." if answered.ending == "stopped" else "\nCut off: too long."
-        )
+        self._sources, self._documents = found.sources, ()
+        _say(_ENDINGS[answered.ending])
         for number, hit in enumerate(found.sources, 1):
             _say(_source(number, hit))
         _say(_truth(found, forecast, answered) + "\n")
+
+    def _finish_all(self, account: Account, answered: Answered) -> None:
+        self._sources, self._documents = account.sources, account.documents
+        _say(_ENDINGS[answered.ending])
+        for line in render.account_lines(account.documents, "/sources lists all"):
+            _say(line)
+        _say(f"{render.read_line(answered)}." + " /sources reads what contributed." * bool(self._sources) + "\n")
 
 
 def _source(number: int, hit: Hit) -> str:

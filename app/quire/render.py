@@ -6,14 +6,27 @@ passed `printable`.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from quire.config import Origin, Settings, explained, written
 from quire.indexer import Change, ChangeKind, IndexReport
 from quire.library import Hit
 from quire.session import Found
 from quire.terminal import printable
+from quire.transcript import Mention, Share
 from quire_engine.types import Answered, Forecast
+
+if TYPE_CHECKING:
+    from quire.whole import Part, Plan
+
+_SHARES: Mapping[Share, str] = {
+    "contributed": "contributed",
+    "nothing": "had nothing",
+    "unreadable": "could not be read",
+    "not reached": "not reached",
+}
+_MOST_LISTED = 20  # documents of one kind
+_PARTIAL_CHARACTERS = 90  # of the answer to a part
 
 Json = dict[str, object]
 
@@ -167,6 +180,71 @@ def speed(answered: Answered) -> float:
     """Generated tokens per second; 0 when nothing was generated."""
     decode_ms = answered.timings.decode_ms
     return 1000 * answered.tokens.generated / decode_ms if decode_ms else 0.0
+
+
+# Questions to all documents
+
+
+def plan_line(plan: "Plan") -> str:
+    """34 passages of 12 documents in 5 parts; reading takes about 40 s, answers not counted. And what leaves."""
+    least = f"; reading takes about {duration(plan.least_ms)}, answers not counted" if plan.least_ms else ""
+    return f"{plan_counts(plan)}{least}" + (f". {printable(plan.leaves)}" if plan.leaves else "")
+
+
+def plan_counts(plan: "Plan") -> str:
+    """34 passages of 12 documents in 5 parts"""
+    passages = "1 passage" if plan.passages == 1 else f"{plan.passages:,} passages"
+    documents = "1 document" if plan.documents == 1 else f"{plan.documents:,} documents"
+    return f"{passages} of {documents} in {'1 part' if plan.parts == 1 else f'{plan.parts:,} parts'}"
+
+
+def part_line(part: "Part") -> str:
+    """part 3 of 7; about 12.0 s left: Ann keeps the keys."""
+    left = f"; about {duration(part.left_ms)} left" if part.left_ms else ""
+    return f"part {part.done} of {part.total}{left}: {partial(part.answer) or 'nothing'}"
+
+
+def partial(answer: str) -> str:
+    """The beginning of a partial answer, in one line."""
+    line = " ".join(printable(answer).split())
+    return f"{line[:_PARTIAL_CHARACTERS]}{'…' if len(line) > _PARTIAL_CHARACTERS else ''}"
+
+
+def read_line(answered: Answered) -> str:
+    """4,300 tokens of documents read in 12.3 s: 3,400 reused, 900 computed"""
+    tokens, t = answered.tokens, answered.timings
+    took = f" in {duration(t.first_token_ms + t.decode_ms)}" if t.first_token_ms else ""
+    computed = tokens.recomputed + tokens.fresh
+    from_where = f": {tokens.reused:,} reused, {computed:,} computed" if tokens.reused else ""
+    return f"{tokens.context:,} tokens read{took}{from_where}"
+
+
+def documents_title(documents: Sequence[Mention]) -> str:
+    """12 documents: 5 contributed, 6 had nothing, 1 could not be read"""
+    counts = [(sum(d.state == state for d in documents), words) for state, words in _SHARES.items()]
+    total = "1 document" if len(documents) == 1 else f"{len(documents):,} documents"
+    return f"{total}: {', '.join(f'{count:,} {words}' for count, words in counts if count)}"
+
+
+def mention_line(document: Mention) -> str:
+    """notes/scan.pdf  could not be read: it has no text"""
+    reason = f": {printable(document.reason)}" if document.reason else ""
+    return f"{path_from_here(document.path)}  {_SHARES[document.state]}{reason}"
+
+
+def account_lines(documents: Sequence[Mention], rest: str) -> list[str]:
+    """What became of every document, by what it was. rest: where those are told that are too many; empty lists all."""
+    lines: list[str] = []
+    for state, words in _SHARES.items():
+        those = [document for document in documents if document.state == state]
+        listed = those[:_MOST_LISTED] if rest else those
+        lines += [f"{words.capitalize()} ({len(those):,}):"] if those else []
+        for document in listed:
+            reason = f": {printable(document.reason)}" if document.reason else ""
+            lines.append(f"  {path_from_here(document.path)}{reason}")
+        if len(those) > len(listed):
+            lines.append(f"  and {len(those) - len(listed):,} more: {rest}")
+    return lines
 
 
 def answer_json(text: str, found: Found, forecast: Forecast, answered: Answered, about: Json) -> Json:

@@ -9,6 +9,7 @@ whose KV is stored, and it is said how often that happened. Knows nothing of SQL
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Protocol
 
 from quire.library import EVERYWHERE, Hit, Library, Within
@@ -119,7 +120,8 @@ def told_apart(hits: Sequence[Hit], limit: int) -> tuple[list[Hit], list[Hit]]:
         if len(kept) == limit:
             break
         pairs = _pairs(hit.text)
-        if any(_nearly_same(pairs, others) for _, others in kept):
+        some = tuple(islice(pairs, len(pairs) // 9 + 1))  # of nearly the same pairs, less than a ninth are others
+        if any(not others.isdisjoint(some) and _nearly_same(pairs, others) for _, others in kept):
             repeats.append(hit)
         else:
             kept.append((hit, pairs))

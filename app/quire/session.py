@@ -3,15 +3,16 @@
 Knows neither screen nor command line; both call it in the same way.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quire import paths
-from quire.config import KEY_VARIABLE, FromDial, FromMachine, NoEmbedder, Settings
-from quire.embedding import Vectors, embedder_of
+from quire.config import Settings
+from quire.config_values import FromDial, FromMachine, NoEmbedder
+from quire.elsewhere import server_of
+from quire.embedding import Vectors, described, embedder_of
 from quire.idle import asking
 from quire.indexer import IndexProgress, IndexReport, index_roots
 from quire.library import EVERYWHERE, Everywhere, Hit, Library, Within
@@ -24,7 +25,6 @@ from quire_engine.errors import QuireError
 from quire_engine.generate import Sampling
 from quire_engine.kv import pools
 from quire_engine.prompt import Wording
-from quire_engine.runtimes.openai import Server
 from quire_engine.types import Event, Exchange
 
 _MOST_HITS = 40  # more passages than any context holds
@@ -59,11 +59,6 @@ class NothingFound(QuireError):
     """No passage fits the question's words."""
 
 
-def server_of(settings: Settings) -> Server:
-    """The server that answers when the runtime is openai; its key is read from the environment alone."""
-    return Server(settings.openai_url, settings.openai_model, os.environ.get(KEY_VARIABLE, ""))
-
-
 class Session:
     """The library and one model, opened when first needed. Not thread-safe; close it, or use it with `with`."""
 
@@ -86,7 +81,9 @@ class Session:
         wording = Wording((paths.assets() / "system_prompt.txt").read_text().strip())
         folders = (paths.data_dir() / "profiles", Path(str(paths.assets() / "profiles")))
         server = server_of(s)
-        engine_settings = EngineSettings(wording, s.threads, s.precision, s.chunk_tokens, folders, s.runtime, server)
+        engine_settings = EngineSettings(
+            wording, s.threads, s.precision, s.chunk_tokens, folders, s.runtime, server, s.live_window
+        )
         return Engine(model_file(s.model), cache_dir, engine_settings)
 
     def __enter__(self) -> "Session":
@@ -257,7 +254,8 @@ class Session:
     @property
     def finds_by(self) -> str:
         """How passages are found, in words."""
-        return "by words alone" if isinstance(self.settings.embedder, NoEmbedder) else "by words and meaning"
+        file = self.settings.embedder
+        return "by words alone" if isinstance(file, NoEmbedder) else f"by words and meaning ({described(file)})"
 
     def _is_cached(self, passage: str) -> bool:
         """Whether its stored KV would spare something; False while no model is open, so that searching needs none."""

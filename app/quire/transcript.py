@@ -18,6 +18,7 @@ from quire_engine.types import Forecast, Timings, TokenCounts
 
 ROOT: Final = 0  # the parent of a first turn; no turn has this id
 Ending = Literal["end", "length", "stopped", "lost"]  # lost: no end was recorded, by a crash or because it is not over
+Share = Literal["contributed", "nothing", "unreadable", "not reached"]
 
 _TITLE_CHARACTERS = 60
 _FORMAT = "quire.conversation"
@@ -36,6 +37,15 @@ class Source:
     text: str
     score: float
     place: str = ""
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A document and what became of it in a question to all of them. reason: why it was not read; else empty."""
+
+    path: Path
+    state: Share
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,8 @@ UNMEASURED: Final = Truth(
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer, which may be partial or empty. parent: the turn before it, or ROOT."""
+    """A question and its answer, which may be partial or empty. parent: the turn before it, or ROOT.  documents: where
+    all were asked, each of them."""
 
     id: int
     conversation: int
@@ -72,6 +83,7 @@ class Turn:
     truth: Truth
     model: str
     created_at: datetime
+    documents: tuple[Mention, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,14 @@ def _turn_in_markdown(number: int, turn: Turn) -> list[str]:
         place = f"{_code(str(source.path))}, {_escaped(source.place) or lines}"
         heading = _escaped(source.heading)
         parts += [f"{place}: {heading}" if heading else place, _fenced(source.text)]
+    if turn.documents:
+        parts += ["### Documents", "\n".join(map(_mention_in_markdown, turn.documents))]
     return parts
+
+
+def _mention_in_markdown(mention: Mention) -> str:
+    reason = f" ({_escaped(mention.reason)})" if mention.reason else ""
+    return f"- {_code(str(mention.path))}: {mention.state}{reason}"
 
 
 def _quoted(text: str) -> str:
@@ -247,7 +266,15 @@ def turn_from(stored: Any) -> Turn:
         truth=_measured(UNMEASURED, stored["truth"]),
         model=_checked(str, stored["model"]),
         created_at=from_stamp(stored["created_at"]),
+        documents=tuple(_mention_from(mention) for mention in stored.get("documents", ())),
     )
+
+
+def _mention_from(stored: Any) -> Mention:
+    state = _checked(str, stored["state"])
+    if state not in get_args(Share):
+        raise ValueError(state)
+    return Mention(Path(_checked(str, stored["path"])), state, _checked(str, stored["reason"]))
 
 
 def _source_from(stored: Any) -> Source:

@@ -9,10 +9,9 @@ One request at a time, on one thread. Knows nothing of folders, files of documen
 
 import platform
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 from quire_engine import chunks, costs, forecast, generate, gguf, plan, processes, remote, selfcheck, turns
@@ -20,27 +19,25 @@ from quire_engine.chunks import ChunkCache
 from quire_engine.clock import Clock
 from quire_engine.costs import Costs
 from quire_engine.errors import Aborted, ContextOverflow
-from quire_engine.forecast import Work
 from quire_engine.kv.catalogue import Catalogue
 from quire_engine.kv.pools import MemoryPool
-from quire_engine.plan import Prompt, Segment
+from quire_engine.layout import Layout, Line
+from quire_engine.plan import Prompt
 from quire_engine.precision import calibrate, plans
 from quire_engine.precision import profile as profiles
 from quire_engine.prefill import Prefill
 from quire_engine.prompt import PromptWriter, Wording
 from quire_engine.runtimes import choose
-from quire_engine.runtimes.base import SCRATCH_TOKENS, Runtime
+from quire_engine.runtimes.base import SCRATCH_TOKENS, Runtime, likeliest
 from quire_engine.runtimes.openai import Server
-from quire_engine.selection import deviation, quality, selectors, sensitivity
+from quire_engine.selection import quality, selectors, sensitivity
 from quire_engine.selection.quality import Curve
 from quire_engine.selection.ratio import Ratios
-from quire_engine.selection.selectors import Selector
-from quire_engine.turns import Turn, Turns
+from quire_engine.turns import Turns
 from quire_engine.types import Answered, BitPlan, Event, Exchange, Float32, Forecast, Limits, Text, Timings, TokenCounts
 
 _TURNS_BITS = 8  # of a conversation, whose KV nothing computes again
 _USUAL_CONTEXT = 1000  # for which costs are compared
-_PROBED_DEPTH = 0.88  # docs/decisions/selection.md
 
 
 def never() -> bool:
@@ -53,7 +50,8 @@ class EngineSettings:
     """wording: system prompt and the words around documents.  threads: 0 takes all cores.  precision: of stored keys
     and values, one of `plans.NAMES`.  chunk_tokens: the longest passage; models with a short context get less.
     profiles: folders with precision profiles of models; new ones go into the first.  runtime: one of `choose.NAMES`.
-    server: that answers when the runtime is openai."""
+    server: that answers when the runtime is openai.  live_window: of a conversation's latest tokens that the torch
+    runtime keeps exactly, older ones packed; 0 packs none."""
 
     wording: Wording
     threads: int = 0
@@ -62,6 +60,7 @@ class EngineSettings:
     profiles: tuple[Path, ...] = ()
     runtime: str = choose.AUTO
     server: Server = field(default_factory=Server)
+    live_window: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,7 @@ class Engine:
         store = self.catalogue.store(name, self.model_name, self.memory)
         self.chunks = ChunkCache(store, identity, bits, self._writer.preamble, tuple(unrelated))
         self.turns = Turns(self.catalogue.store(turns.STORE_PREFIX + name, self.model_name), identity, of_turns)
+        self._layout = Layout(self._writer, self.chunks, self.turns, self.shape.layers)
         name = f"{name}{self.choice.record}"  # what was measured with another runtime says nothing
         self._verdict_file = cache_dir / "checks" / f"{name}.json"
         self._costs_file = cache_dir / "costs" / f"{name}.json"
@@ -182,7 +182,8 @@ class Engine:
     def runtime(self) -> Runtime:
         """The model's weights, loaded when first needed."""
         stitching = not gguf.why_not_stitchable(self._model)
-        return choose.runtime(self.model_file, self.shape, self.threads, stitching, self.choice)
+        window = self._settings.live_window
+        return choose.runtime(self.model_file, self.shape, self.threads, stitching, self.choice, window)
 
     @property
     def threads(self) -> int:
@@ -237,10 +238,10 @@ class Engine:
 
     def address(self, passage: str) -> str:
         """The key of a passage in the store, whether it is there or not. As good as long as the store's root is."""
-        return self._segment(passage).key
+        return self._layout.segment(passage).key
 
     def is_cached(self, passage: str) -> bool:
-        return self.chunks.has(self._segment(passage))
+        return self.chunks.has(self._layout.segment(passage))
 
     def cache(self, passages: Sequence[str], should_stop: Callable[[], bool] = never) -> frozenset[str]:
         """Stores the KV of those passages that are not stored yet; returns those left out because another process is
@@ -250,7 +251,7 @@ class Engine:
         """
         if self.reuse_off:
             return frozenset()
-        segments = [self._segment(passage) for passage in passages]
+        segments = [self._layout.segment(passage) for passage in passages]
         with self.runtime.abortable(should_stop):
             lacking = self.chunks.missing([self.chunks.preamble, *segments])
             left = [segment for segment in lacking if not self.chunks.encode_ahead(self.runtime, segment)]
@@ -262,12 +263,12 @@ class Engine:
         """Begins to read stored passages into memory, as far as it has room: call it as soon as it is known which ones
         a question takes. What follows runs meanwhile, and waits for what it needs."""
         if passages and not self.known_reuse_off:
-            backwards = map(self._segment, reversed(passages))  # from a slow disk the first are not read: see _lead
-            self.chunks.prefetch([self.chunks.preamble, *backwards])
+            # From a slow disk the first are not read: see _lead.
+            self.chunks.prefetch([self.chunks.preamble, *map(self._layout.segment, reversed(passages))])
 
     def prompt(self, request: Request) -> Prompt:
         """The segments of a request without its history. Raises ContextOverflow when they do not fit the model."""
-        prompt = self._prompt(Exchange(request.passages, request.question, ""), 0)
+        prompt = self._layout.prompt(Exchange(request.passages, request.question, ""), 0)
         self._check_room(len(prompt.tokens))
         return prompt
 
@@ -298,7 +299,7 @@ class Engine:
             with self.runtime.abortable(should_stop):
                 with clock.step("resume"):
                     computed = self._resume(line, request)
-                prompt = self._prompt(line.asked, self.runtime.live_tokens)
+                prompt = self._layout.prompt(line.asked, self.runtime.live_tokens)
                 lead = self._lead(prompt) if foreseen.ratio < 1 and not selector.compares_values else 0
                 prefill = Prefill(self.runtime, self.chunks, prompt, foreseen.ratio, clock, computed, lead)
                 logits = prefill.run(selector)
@@ -325,31 +326,19 @@ class Engine:
         # As it was measured: what was learned since may be about the disk.
         return plan.leading(read_ms, [known.prefill.of(len(chunk), start) for chunk, start in places])
 
-    def _line(self, request: Request) -> "_Line":
+    def _line(self, request: Request) -> Line:
         """The turns as they stand in the context."""
         exchanges = [*request.history, Exchange(request.passages, request.question, "")]
         room = self.shape.context_tokens - self.limits.answer_tokens - len(self._writer.preamble)
-        size = cache(self._size)  # laying out asks for the same ones again and again, and each is tokenized
-        standing, dropped = turns.lay_out(exchanges, room, lambda e: len(self._opening(e, first=False)) + size(e))
-        keys = self.turns.keys(standing[:-1], request.ratio >= 1)
-        sizes = [len(self._opening(e, number == 0)) + size(e) for number, e in enumerate(standing)]
-        line = _Line(tuple(map(Turn, standing[:-1], sizes, keys)), standing[-1], sizes[-1], dropped)
+        line = self._layout.line(exchanges, room, request.ratio >= 1)
         self._check_room(line.tokens)
         return line
 
-    def _size(self, exchange: Exchange) -> int:
-        """Tokens of an exchange without what opens it."""
-        passages = sum(map(self.count_tokens, exchange.passages))
-        return passages + len(self._writer.question(exchange.question)) + len(self._writer.answer(exchange.answer))
-
-    def _opening(self, exchange: Exchange, first: bool) -> Segment:
-        return self.chunks.preamble if first else Segment(self._writer.bridge(bool(exchange.passages)))
-
-    def _resume(self, line: "_Line", request: Request) -> int:
+    def _resume(self, line: Line, request: Request) -> int:
         """Makes the runtime's live sequence of the earlier turns; how many of their tokens had to be computed."""
 
         def read(exchange: Exchange) -> int:
-            prompt = self._prompt(exchange, self.runtime.live_tokens)
+            prompt = self._layout.prompt(exchange, self.runtime.live_tokens)
             ratio = 1.0 if self.reuse_off else request.ratio
             prefill = Prefill(self.runtime, self.chunks, prompt, ratio, Clock())
             prefill.run(selectors.parse(request.selector))
@@ -364,12 +353,6 @@ class Engine:
     def _stores_turns(self, request: Request) -> bool:
         """Stored KV is not exact, and useless where nothing is reused."""
         return request.ratio < 1 and not self.reuse_off
-
-    def _prompt(self, exchange: Exchange, position: int) -> Prompt:
-        chunks = tuple(map(self._segment, exchange.passages))
-        return Prompt(
-            self._opening(exchange, position == 0), chunks, Segment(self._writer.question(exchange.question)), position
-        )
 
     def _check_room(self, tokens: int) -> None:
         if tokens >= self.shape.context_tokens:
@@ -386,13 +369,15 @@ class Engine:
         live then."""
         began, said, unread = time.perf_counter(), [], -1
         allowed = min(request.max_tokens, self.limits.answer_tokens, room)
+        sampling = request.sampling
+        first = generate.Candidates.of(logits, sampling.candidates)
 
-        def extend(token: int) -> Float32:
+        def extend(token: int) -> generate.Candidates:
             nonlocal unread
             unread = -1
-            return self.runtime.extend((token,))
+            return likeliest(self.runtime, (token,), sampling.candidates)
 
-        for piece in generate.generate(logits, extend, self.vocabulary, request.sampling, allowed, should_stop):
+        for piece in generate.generate(first, extend, self.vocabulary, sampling, allowed, should_stop):
             if isinstance(piece, generate.Piece):
                 unread = piece.token
                 said.append(piece.text)
@@ -403,42 +388,12 @@ class Engine:
                 yield prefill.report(len(said), piece, 1000 * (time.perf_counter() - began))
         return "".join(said)
 
-    def _segment(self, passage: str) -> Segment:
-        return self.chunks.segment(self._writer.chunk(passage))
-
-    def _estimate(self, line: "_Line", request: Request) -> tuple[Forecast, dict[str, float]]:
+    def _estimate(self, line: Line, request: Request) -> tuple[Forecast, dict[str, float]]:
         """The forecast, and the milliseconds expected of every step."""
-        held = self.turns.shared(line.earlier)
-        absent = line.earlier[held:]
-        stored = [turn.tokens for turn in absent if self._stores_turns(request) and self.turns.stored(turn)]
         selector = selectors.parse(request.selector)
-        prompt = self._prompt(line.asked, line.tokens - line.asked_tokens)
-        chunks, question = prompt.chunks, len(prompt.question)
-        segments = {s.key: s for s in (self.chunks.preamble, *chunks) if s.tokens}
+        prompt = self._layout.prompt(line.asked, line.tokens - line.asked_tokens)
         lead = self._lead(prompt) if request.ratio < 1 and not selector.compares_values else 0
-        pools = Counter[str]()
-        for segment in chunks if line.earlier else (self.chunks.preamble, *chunks):
-            pools[self.chunks.store.where(segment.key)] += len(segment)
-        del pools[""]
-        settled = selector.knows_prompt and prompt.intact == len(chunks)  # nothing would be computed again
-        work = Work(
-            new=line.asked_tokens - question,
-            passages=0 if settled else sum(map(len, chunks)),
-            question=question,
-            pools=pools,
-            missing=tuple(len(segment) for segment in self.chunks.missing(segments.values())),
-            guard=len(self._writer.preamble),
-            held=sum(turn.tokens for turn in line.earlier[:held]),
-            loaded=sum(stored),
-            read=sum(turn.tokens for turn in absent) - sum(stored),
-            dropped=line.dropped,
-            stitches=bool(line.asked.passages),
-            probes=selector.asks_question and not settled,
-            compared=deviation.compared_layers(self.shape.layers) / self.shape.layers * selector.compares_values,
-            depth=_depth(selector),
-            led=sum(map(len, chunks[:lead])),
-            reads_ms=sum(self.chunks.store.read_ms(chunk.key) for chunk in chunks[lead:]) if lead else 0.0,
-        )
+        work = self._layout.work(line, prompt, selector, lead, self._stores_turns(request))
         known = self.costs
         tuned = self.ratios.fastest(known.transfers(_USUAL_CONTEXT)) if known else {}
         return forecast.foresee(work, known, request.ratio, self.reuse_off, request.insist, tuned)
@@ -451,27 +406,6 @@ class Engine:
         measured = dict(prefill.clock.steps)
         measured["prefill"] = measured["recompute"] + measured["question"]
         costs.save(known.learn(expected, measured), self._costs_file)
-
-
-@dataclass(frozen=True)
-class _Line:
-    """The turns of a conversation as they stand in the context. asked: the one being asked.  dropped: passages that
-    leave for it."""
-
-    earlier: tuple[Turn, ...]
-    asked: Exchange
-    asked_tokens: int
-    dropped: int
-
-    @property
-    def tokens(self) -> int:
-        return sum(turn.tokens for turn in self.earlier) + self.asked_tokens
-
-
-def _depth(selector: Selector) -> float:
-    """Where chosen tokens stand on average, 0..1: what a question looks at is mostly near the end."""
-    shares = sum(rule.shares for rule in selector.rules)
-    return sum(rule.shares * (_PROBED_DEPTH if rule.asks_question else 0.5) for rule in selector.rules) / shares
 
 
 def _stopped(foreseen: Forecast, clock: Clock) -> Answered:

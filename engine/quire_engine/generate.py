@@ -1,18 +1,22 @@
 """From next-token scores to text: sample, stop, decode bytes as they become whole characters.
 
-Works with any runtime that can extend a sequence by a token. Knows nothing of prompts or KV.
+Sampling looks at the likeliest tokens alone, so a runtime may pick them where it computes. Works with any that can
+extend a sequence by a token. Knows nothing of prompts or KV.
 """
 
 import codecs
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from quire_engine.types import Float32
 
 Ending = Literal["end", "length", "stopped"]
+
+_SAMPLED = 200  # of the likeliest, whatever share they hold
 
 
 class Vocabulary(Protocol):
@@ -28,6 +32,33 @@ class Sampling:
     top_p: float = 0.95
     seed: int = 0
 
+    @property
+    def candidates(self) -> int:
+        """How many of the likeliest tokens it looks at."""
+        return 1 if self.temperature <= 0 else _SAMPLED
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The likeliest next tokens, the best one first, of equals the lower id.
+
+    tokens: int64 [count], of a small vocabulary fewer than were asked for.  scores: [count].
+    """
+
+    tokens: npt.NDArray[np.int64]
+    scores: Float32
+
+    @classmethod
+    def of(cls, scores: Float32, count: int) -> Self:
+        """scores: of all tokens [vocabulary]."""
+        if count == 1:
+            likely = np.array([scores.argmax()])
+        else:
+            least = np.partition(scores, -count)[-count] if count < len(scores) else scores.min()
+            among = np.flatnonzero(scores >= least)
+            likely = among[np.argsort(-scores[among], kind="stable")][:count]
+        return cls(likely, scores[likely])
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -38,8 +69,8 @@ class Piece:
 
 
 def generate(
-    logits: Float32,
-    extend: Callable[[int], Float32],
+    first: Candidates,
+    extend: Callable[[int], Candidates],
     vocabulary: Vocabulary,
     sampling: Sampling,
     max_tokens: int,
@@ -47,12 +78,12 @@ def generate(
 ) -> Iterator[Piece | Ending]:
     """Yields pieces and, last, why it ended: the model's own end, the length allowed, or because it was told to.
 
-    logits: scores of the first token [vocabulary].  extend: appends a token, gives the scores of the next.
+    first: `sampling.candidates` for the first token.  extend: appends a token, gives those for the next.
     """
     random = np.random.default_rng(sampling.seed)
-    characters = codecs.getincrementaldecoder("utf-8")("replace")
+    candidates, characters = first, codecs.getincrementaldecoder("utf-8")("replace")
     for count in range(1, max_tokens + 1):
-        token = _sample(logits, sampling, random)
+        token = _sample(candidates, sampling, random)
         if vocabulary.is_end(token):
             yield "end"
             return
@@ -61,17 +92,16 @@ def generate(
             yield "stopped"
             return
         if count < max_tokens:
-            logits = extend(token)
+            candidates = extend(token)
     yield "length"
 
 
-def _sample(logits: Float32, sampling: Sampling, random: np.random.Generator) -> int:
+def _sample(candidates: Candidates, sampling: Sampling, random: np.random.Generator) -> int:
     if sampling.temperature <= 0:
-        return int(logits.argmax())
-    scaled = (logits - logits.max()) / sampling.temperature
-    likely = np.argsort(-scaled)[:200]
-    weights = np.exp(scaled[likely].astype(np.float64))
+        return int(candidates.tokens[0])
+    scaled = (candidates.scores - candidates.scores[0]) / sampling.temperature
+    weights = np.exp(scaled.astype(np.float64))
     weights /= weights.sum()
     kept = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
     weights = weights[:kept] / weights[:kept].sum()
-    return int(random.choice(likely[:kept], p=weights))
+    return int(random.choice(candidates.tokens[:kept], p=weights))

@@ -114,6 +114,11 @@ class StitchPlan:
     def recomputed(self) -> tuple[Span, ...]:
         return tuple(span for span in self.spans if not span.reuse)
 
+    def until(self, stop: int) -> "StitchPlan":
+        """The same before a position; behind it nothing is computed again."""
+        before = [Span(span.start, min(stop, span.stop), span.reuse) for span in self.spans if span.start < stop]
+        return StitchPlan(self.prompt, (*before, Span(stop, self.spans[-1].stop, reuse=True)))
+
 
 def stitch(prompt: Prompt, recompute: Sequence[Mask]) -> StitchPlan:
     """The plan for all that has stored KV: recompute the masked tokens of each chunk, reuse the rest.

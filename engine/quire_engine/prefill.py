@@ -101,7 +101,7 @@ class Prefill:
                 zip(prompt.chunks, stored_scores, np.split(mass[exact:], ends), np.split(moved, ends), strict=True)
             )
         ]
-        masks = selectors.choose(selector, evidence, self._ratio, runtime.tile_tokens, runtime.span_tokens)
+        masks = selectors.choose(selector, evidence, self._ratio, runtime.tile_tokens)
         return plan.stitch(prompt, masks)
 
     def _lead_in(self, prompt: Prompt) -> Prompt:

@@ -14,6 +14,7 @@ from jinja2.exceptions import TemplateRuntimeError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from quire_engine.errors import ModelError
+from quire_engine.words import Words
 
 # Stand-ins that no template or text contains.
 _DOCUMENTS, _QUESTION, _ANSWER = "\x1adocuments\x1a", "\x1aquestion\x1a", "\x1aanswer\x1a"
@@ -42,6 +43,7 @@ class PromptWriter:
 
     def __init__(self, tokenizer: Tokenizer, template: str, wording: Wording) -> None:
         self._tokenizer = tokenizer
+        self._words = Words(tokenizer)
         self._wording = wording
         head, between, tail = _frame(template, wording)
         self.preamble = tuple(tokenizer.tokenize(head, special=True, start=True))
@@ -56,7 +58,7 @@ class PromptWriter:
 
     def chunk(self, text: str) -> tuple[int, ...]:
         """A passage as it stands in every prompt: the blank line after it belongs to it."""
-        return tuple(self._tokenizer.tokenize(text.strip() + "\n\n"))
+        return self._words.tokenize(text.strip() + "\n\n")
 
     def bridge(self, documents: bool) -> tuple[int, ...]:
         """From an answer to the next turn's passages, or to its question when it brings none."""

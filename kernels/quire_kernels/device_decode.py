@@ -13,9 +13,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from quire_kernels import dispatch
+from quire_kernels import device_pack, dispatch
 from quire_kernels.device_place import Angles, rotate
 from quire_kernels.place import PackedTensor
+from quire_kernels.stored import StoredRows
 
 GROUP = 64  # tokens packed together, and channels of a token that share a grid
 NUMBER_TYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -79,6 +80,19 @@ class PackedGroups:
                 raise ValueError("groups run along the other axis, or are shorter than 64 tokens")
             steps[group], firsts[group] = (x.reshape(steps[group].shape) for x in (step, first))
 
+    def fill(self, first: int, k: Tensor, v: Tensor) -> None:
+        """Pack rows into the groups from `first` on, the bytes that `put` is given by the codec.
+
+        k, v: float32 [groups * 64, channels], keys before RoPE; all numbers finite.
+        """
+        to_k = (k, self.k_planes, self.k_step, self.k_first, True)
+        to_v = (v, self.v_planes, self.v_step, self.v_first, self.v_by_channel)
+        for rows, planes, steps, firsts, by_channel in (to_k, to_v):
+            groups = rows.reshape(-1, GROUP, rows.shape[1])
+            at = slice(first, first + len(groups))
+            planes[at], step, least = _packed(groups, planes.shape[1], by_channel)
+            steps[at], firsts[at] = (x.reshape(steps[at].shape) for x in (step, least))
+
 
 @dataclass(frozen=True)
 class LiveRows:
@@ -125,7 +139,7 @@ def _attend(q: Tensor, rows: LiveRows) -> Tensor:
     groups, exact = (int(n) for n in rows.filled.tolist())
     queries, heads, dim = q.shape
     kv_heads = rows.k.shape[1]
-    k_old, v_old = _unpacked(rows, groups)
+    k_old, v_old = unpacked(rows, groups)
     k = torch.cat([k_old, rows.k[:exact].to(torch.float32)]).permute(1, 2, 0)[:, None]
     v = torch.cat([v_old, rows.v[:exact].to(torch.float32)]).permute(1, 0, 2)[:, None]
     grouped = q.reshape(queries, kv_heads, -1, dim).permute(1, 2, 0, 3).to(torch.float32)
@@ -137,8 +151,8 @@ def _attend(q: Tensor, rows: LiveRows) -> Tensor:
     return gathered.permute(2, 0, 1, 3).reshape(queries, heads, -1).to(q.dtype)
 
 
-def _unpacked(rows: LiveRows, groups: int) -> tuple[Tensor, Tensor]:
-    """Rotated keys and values of the packed tokens, float32 [tokens, kv_heads, dim]."""
+def unpacked(rows: LiveRows, groups: int) -> tuple[Tensor, Tensor]:
+    """Rotated keys and values of the first so many groups, float32 [tokens, kv_heads, dim]."""
     packed, tokens = rows.packed, groups * GROUP
     k_step, k_first = (x[:groups, None].to(torch.float32) for x in (packed.k_step, packed.k_first))
     k = _codes(packed.k_planes[:groups]) * k_step + k_first
@@ -161,6 +175,21 @@ def _codes(planes: Tensor) -> Tensor:
     for plane in range(planes.shape[1]):
         codes = codes << 1 | planes[:, plane, :, None] >> bit & 1
     return codes.reshape(len(planes), GROUP, planes.shape[2] * 8 // GROUP).to(torch.float32)
+
+
+def _packed(x: Tensor, bits: int, by_channel: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Planes, steps and first points of [groups, 64, channels], each group by itself."""
+    axis = 1 if by_channel else 2
+    runs = torch.split(x, GROUP, axis)
+    low, high = (torch.stack([of(run, axis) for run in runs], axis) for of in (torch.amin, torch.amax))
+    kind = StoredRows(0, GROUP, x.shape[2], bits, bits, by_channel=by_channel)
+    _, step, first = device_pack.fit_midrise(low, high, device_pack.bits_of([kind] * len(x), x.device), kind)
+    step_of, first_of = (a.repeat_interleave(GROUP, axis).narrow(axis, 0, x.shape[axis]) for a in (step, first))
+    codes = torch.round(device_pack.divide(x - first_of, step_of)).clamp(0, (1 << bits) - 1).to(torch.int32)
+    eights = codes.reshape(len(x), -1, 8)
+    weights = 1 << torch.arange(8, dtype=torch.int32, device=x.device)
+    planes = [((eights >> (bits - 1 - plane) & 1) * weights).sum(-1).to(torch.uint8) for plane in range(bits)]
+    return torch.stack(planes, 1), step, first
 
 
 def _check(q: Tensor, rows: LiveRows) -> None:

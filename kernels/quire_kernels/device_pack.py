@@ -100,7 +100,7 @@ def _pack_alike(
     else:
         low, high = _extremes(x, order, numbers, parts[0])
     bits = bits_of(parts, x.device)
-    fields, step, first = (_fit_midrise if parts[0].grid == "midrise" else _fit_minmax)(low, high, bits, parts[0])
+    fields, step, first = (fit_midrise if parts[0].grid == "midrise" else _fit_minmax)(low, high, bits, parts[0])
     for i, part in enumerate(parts):
         grid = torch.cat([field[i].contiguous().view(torch.uint8).flatten() for field in fields])
         data[part.offset : part.offset + part.grid_bytes] = grid
@@ -132,7 +132,7 @@ def _write_planes(x: Tensor, order: Tensor, alike: Alike, data: Tensor) -> None:
         a.repeat_interleave(group, axis).narrow(axis, 0, rows.shape[axis]) for a in (alike.step, alike.first)
     )
     bits = bits_of(alike.parts, x.device)
-    codes = torch.round(_divide(rows - first, step)).clamp(min=0)
+    codes = torch.round(divide(rows - first, step)).clamp(min=0)
     codes = torch.minimum(codes, power_of_two(bits) - 1).to(torch.int32)
     for i, part in enumerate(alike.parts):
         # As if all channels had the widest's bits, every first bit the same one; in the planes' order.
@@ -156,19 +156,19 @@ def _rows(x: Tensor, order: Tensor, numbers: tuple[int, ...]) -> Tensor:
     return x[list(numbers)][:, order.to(torch.int64)].to(torch.float32)
 
 
-def _fit_midrise(low: Tensor, high: Tensor, bits: Tensor, part: StoredRows) -> tuple[list[Tensor], Tensor, Tensor]:
+def fit_midrise(low: Tensor, high: Tensor, bits: Tensor, part: StoredRows) -> tuple[list[Tensor], Tensor, Tensor]:
     """`MidRise.fit` and `points`, operation by operation: the fields in the order of their bytes, step and first."""
     shared = (1,) if part.by_channel else (1, 2)
     centre = (low + high) * 0.5
     top, bottom = centre.amax(shared, keepdim=True), centre.amin(shared, keepdim=True)
     middle = ((top + bottom) * 0.5).to(torch.float16)
     unit = _float16_up(((top - bottom) * 0.5 + ((top + bottom) * 0.5 - middle.float()).abs()) * _single(1 / 127, low))
-    zeros = torch.round(_divide(centre - middle.float(), unit.float())).to(torch.int8)
+    zeros = torch.round(divide(centre - middle.float(), unit.float())).to(torch.int8)
     centre = middle.float() + zeros.float() * unit.float()
     step = torch.maximum(high - centre, centre - low) * power_of_two(1 - bits) * (bits > 0)
     master = step.amax((1, 2), keepdim=True) / _single(E4M3_MAX, low)
     table = torch.from_numpy(E4M3[:127]).to(low.device)
-    scales = torch.searchsorted(table, _divide(step, master).contiguous()).clamp(max=126).to(torch.uint8)
+    scales = torch.searchsorted(table, divide(step, master).contiguous()).clamp(max=126).to(torch.uint8)
     step = e4m3(scales) * master
     return [master, middle, unit, scales, zeros], step, centre + step * (0.5 - power_of_two(bits - 1))
 
@@ -186,7 +186,7 @@ def _single(number: float, like: Tensor) -> Tensor:
     return torch.full((), number, dtype=torch.float32, device=like.device)
 
 
-def _divide(a: Tensor, b: Tensor) -> Tensor:
+def divide(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b > 0, a / b, 0.0)
 
 

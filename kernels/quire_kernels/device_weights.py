@@ -2,8 +2,9 @@
 
 Six block formats of ggml (ggml-common.h): a row is a run of blocks of 32 or 256 numbers, each with scales of its own.
 Bytes are the file's. For a few tokens at once the product reads every weight's bits once and unpacks them in registers
-(`triton_gguf`); for many, all rows are unpacked to a scratch tensor and the vendor's matrix product does the rest.
-Without Triton that is done for few tokens too. Knows nothing of files or models.
+(`triton_gguf`); for many, rows are unpacked to a scratch tensor, as many as it holds, and the vendor's matrix product
+does the rest. Without Triton that is done for few tokens too. Nothing here waits for the device or copies to it, so
+all of it may be recorded. Knows nothing of files or models.
 """
 
 from collections.abc import Callable
@@ -23,10 +24,11 @@ NUMBER_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 class BlockFormat:
     """One of ggml's formats.
 
-    numbers, bytes: of a block.  word_bytes: what a block's parts are surely aligned to.
+    name, number: ggml's.  numbers, bytes: of a block.  word_bytes: what a block's parts are surely aligned to.
     """
 
     name: str
+    number: int
     numbers: int
     bytes: int
     word_bytes: int
@@ -55,6 +57,10 @@ class Packed:
     def columns(self) -> int:
         return self.data.shape[1] // self.format.bytes * self.format.numbers
 
+    def part(self, start: int, stop: int) -> "Packed":
+        """Some of its rows, where they lie."""
+        return Packed(self.data[start:stop], self.format)
+
 
 def dequantize(weight: Packed, out: Tensor, form: dispatch.Wish = "auto") -> Tensor:
     """Write a weight's numbers to out, [rows, columns] contiguous, and return it.
@@ -75,11 +81,18 @@ def dequantize(weight: Packed, out: Tensor, form: dispatch.Wish = "auto") -> Ten
     return out.copy_(weight.format.unpack(blocks).reshape(out.shape))
 
 
+def rows(weight: Packed, ids: Tensor, dtype: torch.dtype, form: dispatch.Wish = "auto") -> Tensor:
+    """Those rows' numbers, [ids, columns], such as the embeddings of tokens. ids: integers [ids] on the device."""
+    chosen = Packed(weight.data.index_select(0, ids), weight.format)
+    return dequantize(chosen, torch.empty(chosen.rows, chosen.columns, dtype=dtype, device=ids.device), form)
+
+
 def linear(x: Tensor, weight: Packed, scratch: Tensor | None = None, form: dispatch.Wish = "auto") -> Tensor:
     """x [tokens, columns] times the weight's transpose: [tokens, rows] in x's type.
 
-    scratch: rows * columns or more numbers of x's type, overwritten; without it one is allocated where it is needed.
-    Floor in bytes: the weight's, once; with more than `FEW` tokens also twice those of scratch, and
+    scratch: room in x's type for one row or more, overwritten; rows that it has no room for have their turn later.
+    Without it, room for all is allocated where it is needed.
+    Floor in bytes: the weight's, once; with more than `FEW` tokens also twice its numbers in x's type, and
     2 * tokens * rows * columns operations.  Raises ValueError when the arguments do not fit together.
     """
     if x.dim() != 2 or x.shape[1] != weight.columns or x.dtype not in NUMBER_TYPES or x.stride(1) != 1:
@@ -89,12 +102,22 @@ def linear(x: Tensor, weight: Packed, scratch: Tensor | None = None, form: dispa
         from quire_kernels import triton_gguf
 
         return triton_gguf.launch_product(x, weight)
-    count = weight.rows * weight.columns
     if scratch is None:
-        scratch = torch.empty(count, dtype=x.dtype, device=x.device)
-    elif scratch.dtype != x.dtype or scratch.device != x.device or scratch.numel() < count:
-        raise ValueError(f"scratch is {count} or more numbers of x's type, not {scratch.dtype} {list(scratch.shape)}")
-    room = scratch.reshape(-1)[:count].reshape(weight.rows, weight.columns)
+        scratch = torch.empty(weight.rows * weight.columns, dtype=x.dtype, device=x.device)
+    elif scratch.dtype != x.dtype or scratch.device != x.device or scratch.numel() < weight.columns:
+        raise ValueError(f"scratch is room for a row of x's type, not {scratch.dtype} {list(scratch.shape)}")
+    together = scratch.numel() // weight.columns
+    if together >= weight.rows:
+        return _unpacked_product(x, weight, scratch, form)
+    out = torch.empty(len(x), weight.rows, dtype=x.dtype, device=x.device)
+    for start in range(0, weight.rows, together):
+        stop = min(start + together, weight.rows)
+        out[:, start:stop] = _unpacked_product(x, weight.part(start, stop), scratch, form)
+    return out
+
+
+def _unpacked_product(x: Tensor, weight: Packed, scratch: Tensor, form: dispatch.Wish) -> Tensor:
+    room = scratch.reshape(-1)[: weight.rows * weight.columns].reshape(weight.rows, weight.columns)
     return functional.linear(x, dequantize(weight, room, form))
 
 
@@ -110,8 +133,8 @@ def _halves(data: Tensor) -> Tensor:
 
 def _fields(data: Tensor, shifts: tuple[int, ...], mask: int) -> Tensor:
     """Bytes [blocks, runs, n] -> [blocks, runs, shifts, n]: the bits behind each shift, in float32."""
-    shift = torch.tensor(shifts, dtype=torch.uint8, device=data.device)[:, None]
-    return ((data[:, :, None] >> shift) & mask).to(torch.float32)
+    # One by one: a tensor of shifts would be a copy to the device, which waits for it and cannot be recorded.
+    return torch.stack([(data >> shift) & mask for shift in shifts], dim=2).to(torch.float32)
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
@@ -164,12 +187,12 @@ def _q6_k(blocks: Tensor) -> Tensor:
 FORMATS: dict[str, BlockFormat] = {
     of.name: of
     for of in (
-        BlockFormat("Q4_0", 32, 18, 2, _q4_0),
-        BlockFormat("Q4_1", 32, 20, 4, _q4_1),
-        BlockFormat("Q8_0", 32, 34, 2, _q8_0),
-        BlockFormat("Q4_K", 256, 144, 4, _q4_k),
-        BlockFormat("Q5_K", 256, 176, 4, _q5_k),
-        BlockFormat("Q6_K", 256, 210, 2, _q6_k),
+        BlockFormat("Q4_0", 2, 32, 18, 2, _q4_0),
+        BlockFormat("Q4_1", 3, 32, 20, 4, _q4_1),
+        BlockFormat("Q8_0", 8, 32, 34, 2, _q8_0),
+        BlockFormat("Q4_K", 12, 256, 144, 4, _q4_k),
+        BlockFormat("Q5_K", 13, 256, 176, 4, _q5_k),
+        BlockFormat("Q6_K", 14, 256, 210, 2, _q6_k),
     )
 }
 """By the names of `gguf.GGMLQuantizationType`."""

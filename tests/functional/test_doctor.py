@@ -22,6 +22,7 @@ NAMES = [
     "conversations",
     "watches",
     "model",
+    "finding",
     "runtime",
     "pytorch",
     "kernels",
@@ -70,6 +71,21 @@ def test_all_well(notes: Path) -> None:
     assert numbers["watches"]["folders"] == 1
     assert numbers["disk"]["read_bytes_per_second"] > 0
     assert list(paths.data_dir().glob("doctor-*")) == []
+
+
+def test_how_passages_are_found(tmp_path: Path) -> None:
+    assert "by words alone" in findings()["finding"].found
+    chat = write_tiny_gguf(tmp_path / "chat.gguf")
+    config.save({"embedder": str(chat)})
+    [warned] = only("warn")
+    assert (warned.check, "chat model" in warned.remedy) == ("finding", True)
+    made: dict[str, str | int] = {"general.name": "nomic-embed-text-v1.5", "pooling_type": 1}
+    config.save({"embedder": str(write_tiny_gguf(tmp_path / "made.gguf", metadata=made))})
+    found = findings()["finding"]
+    assert (found.state, 'questions begin with "search_query: "' in found.found) == ("ok", True)
+    config.save({"embedder": str(tmp_path / "gone.gguf")})
+    [failed] = only("fail")
+    assert (failed.check, bool(failed.remedy)) == ("finding", True)
 
 
 def test_in_words() -> None:

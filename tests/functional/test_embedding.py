@@ -8,11 +8,13 @@ import pytest
 
 from command_line import json_of, run
 from quire import config
-from quire.embedding import Vectors
+from quire.embedding import Embedder, Vectors, Wording, embedder_of, wording_of
 from quire.library import EVERYWHERE, Library
 from quire.session import Session
+from quire_engine import gguf
 from quire_engine.errors import ModelError
 from quire_engine.runtimes.llama_embed import LlamaEmbedder
+from tiny_gguf import write_tiny_gguf
 
 Tiny = Callable[[str], Path]
 TEXTS = {"sea.md": "the heron hunted near the water", "hill.md": "an oven cooled in the bakery", "inn.md": "rooms"}
@@ -68,7 +70,7 @@ def test_vectors_follow_the_library(tiny: Tiny, folder: Path, one_thread: None) 
         vectors.complete(lambda *_: None, lambda: False)
         assert {hit.path.name for hit in vectors.nearest("x", 9, EVERYWHERE)} == {"hill.md", "inn.md", "new.md"}
         with Library(session.library.path) as library:
-            other = Vectors(library, LlamaEmbedder(tiny("llama"), 1))
+            other = Vectors(library, Embedder(LlamaEmbedder(tiny("llama"), 1)))
             assert other.nearest("x", 9, EVERYWHERE) == []  # vectors of another model are no help
 
 
@@ -85,3 +87,64 @@ def test_the_command_line_says_how_it_finds(tiny: Tiny, folder: Path, tmp_path: 
     rows = json_of(*words, "--embedder", tiny("qwen3"))["rows"]
     assert [row["method"] for row in rows] == ["words (BM25)", "vectors", "both (RRF)"]
     assert "not a question file" in run("bench", "retrieval", "--data", folder / "sea.md").output
+
+
+def named(tmp_path: Path, name: str, file: str = "model.gguf") -> Path:
+    return write_tiny_gguf(tmp_path / file, metadata={"general.name": name})
+
+
+E5, NOMIC = Wording("query: ", "passage: "), Wording("search_query: ", "search_document: ")
+BGE = Wording("Represent this sentence for searching relevant passages: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "wording"),
+    [
+        ("nomic-embed-text-v1.5", "model.gguf", NOMIC),
+        ("Nomic Embed Text v2 MoE", "model.gguf", NOMIC),
+        ("Multilingual E5 Small", "model.gguf", E5),
+        ("intfloat", "e5-base-v2-q8_0.gguf", E5),
+        ("bge-small-en-v1.5", "model.gguf", BGE),
+        ("Bge M3", "model.gguf", Wording()),
+        ("snowflake-arctic-embed-m-v1.5", "model.gguf", BGE),
+        ("Snowflake Arctic Embed L v2.0", "model.gguf", Wording("query: ")),
+        ("Embeddinggemma 300M", "model.gguf", Wording("task: search result | query: ", "title: none | text: ")),
+        ("all-MiniLM-L6-v2", "model.gguf", Wording()),
+        ("Qwen3 4B Instruct 2507", "model.gguf", Wording()),
+    ],
+)
+def test_models_are_known_by_their_names(tmp_path: Path, name: str, file: str, wording: Wording) -> None:
+    assert wording_of(gguf.read(named(tmp_path, name, file))) == wording
+
+
+def test_instructions_stand_before_questions_alone(tmp_path: Path) -> None:
+    for name in ("multilingual-e5-large-instruct", "Qwen3 Embedding 0.6B"):
+        wording = wording_of(gguf.read(named(tmp_path, name)))
+        assert (wording.question[:10], wording.passage) == ("Instruct: ", "")
+
+
+def test_a_model_gets_the_words_that_it_wants(tmp_path: Path) -> None:
+    file = named(tmp_path, "nomic-embed-text-v1.5")
+    plain, embedder = LlamaEmbedder(file, 1), embedder_of(file, 1)
+    text = TEXTS["sea.md"]
+    for vector, words in (
+        (embedder.question(text), f"search_query: {text}"),
+        (embedder.passages([text])[0], f"search_document: {text}"),
+    ):
+        assert vector @ plain.embed([words])[0] == pytest.approx(1, abs=1e-5)
+        assert vector @ plain.embed([text])[0] < 0.9999
+    assert embedder.id != plain.id  # vectors of passages without those words are another model's
+    assert Embedder(plain, BGE).id == plain.id  # while a question's words change no passage's
+
+
+def test_status_says_what_stands_before_texts(tmp_path: Path, tiny: Tiny) -> None:
+    words = ("status", "--model", tiny("llama"))
+    config.save({"embedder": str(named(tmp_path, "Multilingual E5 Small\x1b[31m"))})
+    told = run(*words).stdout
+    assert "Finding    by words and meaning (Multilingual E5 Small: " in told
+    assert 'questions begin with "query: ", passages with "passage: ")' in told
+    assert "\x1b" not in told
+    config.save({"embedder": str(tiny("qwen3"))})
+    assert "texts as they are" in run(*words).stdout
+    config.save({"embedder": str(tmp_path / "gone.gguf")})
+    assert "gone.gguf, which cannot be opened" in run(*words).stdout

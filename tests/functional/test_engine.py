@@ -5,7 +5,7 @@ import errno
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,15 +22,9 @@ from quire_engine.prompt import Wording
 from quire_engine.runtimes.llama_context import LlamaContext
 from quire_engine.runtimes.llama_cpp import LlamaCppRuntime
 from quire_engine.types import Answered, Forecast, ModelShape, Text
+from stitching import PASSAGES, SETTINGS, tried_out
 
 Tiny = Callable[[str], Path]
-
-SETTINGS = EngineSettings(Wording("Answer."), threads=1)
-PASSAGES = (
-    "The lighthouse at Cape Gull was built in 1871 by two brothers who had never seen the sea before.",
-    "Every autumn the cranes fly over the valley; the farmers count them and write the number on a door.",
-    "The old press stands in the cellar. It printed the first newspaper of the island, once a week.",
-)
 
 
 @dataclass(frozen=True)
@@ -63,15 +57,6 @@ def check_counts(engine: Engine, told: Told, request: Request) -> None:
     assert tokens.context == preamble + sum(map(engine.count_tokens, request.passages))
     asked = len(engine._writer.question(request.question))
     assert tokens.context + asked == tokens.reused + tokens.recomputed + tokens.fresh
-
-
-@pytest.fixture(scope="module")
-def checked(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache directory in which the tiny llama has passed its self-check and nothing is stored."""
-    directory = tmp_path_factory.mktemp("checked")
-    assert Engine(tiny("llama"), directory, SETTINGS).reuse_off == ""
-    yield directory
-    assert not list(directory.rglob("*.kv"))
 
 
 @pytest.fixture
@@ -347,7 +332,7 @@ def test_other_settings_keep_their_chunks_apart(tiny: Tiny, cache: Path) -> None
 
 def chunk_files(cache: Path, engine: Engine) -> list[Path]:
     """The file of each passage."""
-    return [next(cache.rglob(f"{engine._segment(passage).key}.kv")) for passage in PASSAGES]
+    return [next(cache.rglob(f"{engine.address(passage)}.kv")) for passage in PASSAGES]
 
 
 def regions(file: Path) -> dict[str, int]:
@@ -605,7 +590,7 @@ def test_an_answer_nobody_listens_to_the_end(engine: Engine) -> None:
 @pytest.fixture(scope="module")
 def real(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     wording = Wording("Answer from the documents, in one short sentence.")
-    engine = Engine(smollm, tmp_path_factory.mktemp("real"), EngineSettings(wording, threads=1))
+    engine = tried_out(Engine(smollm, tmp_path_factory.mktemp("real"), EngineSettings(wording, threads=1)))
     engine.cache(REAL)
     return engine
 
@@ -620,15 +605,9 @@ REAL = (
     ("asked", "answer"), [("In which year was the lighthouse built?", "1871"), ("Who owns the bakery?", "Martha")]
 )
 def test_the_real_model_answers_from_stitched_passages(real: Engine, asked: str, answer: str) -> None:
-    assert real.reuse_off == ""
     request = Request(asked, REAL, ratio=0.16, max_tokens=24, insist=True)
     told = ask(real, request)
     assert answer in told.text
     assert told.end.tokens.reused > 0.7 * told.end.tokens.context
     assert told.forecast.missing_tokens == 0
     check_counts(real, told, request)
-
-
-def test_the_real_models_self_check_has_a_margin(real: Engine) -> None:
-    assert max(real._verdict.exact_rows_kl, real._verdict.recomputed_kl) < 0.03
-    assert real._verdict.rope_error < 0.005

@@ -31,9 +31,9 @@ def moved(model: Transformer, index: int, name: str, direction: torch.Tensor) ->
     layer = model.layers[index]
     k, v = layer.attn_k, layer.attn_v
     if name == "attn_k":
-        k = replace(k, weight=k.weight + direction)
+        k = replace(k, weight=k.numbers + direction)
     else:
-        v = replace(v, weight=v.weight + direction)
+        v = replace(v, weight=v.numbers + direction)
     layers = list(model.layers)
     layers[index] = replace(layer, attn_k=k, attn_v=v)
     return replace(model, layers=tuple(layers))
@@ -89,7 +89,7 @@ def test_norms_are_means_over_prompts_in_any_order_and_length(model: Transformer
 def test_the_model_is_left_as_it_was(model: Transformer) -> None:
     gradient.importance(model, [prompt_of(10, 1)])
     assert not any(
-        weight.requires_grad for layer in model.layers for weight in (layer.attn_k.weight, layer.attn_v.weight)
+        weight.requires_grad for layer in model.layers for weight in (layer.attn_k.numbers, layer.attn_v.numbers)
     )
 
 
@@ -122,7 +122,7 @@ def test_progress_and_stopping(model: Transformer) -> None:
 def test_what_cannot_be_profiled_is_refused(model: Transformer) -> None:
     with pytest.raises(ValueError, match="two tokens"):
         gradient.importance(model, [prompt_of(8, 1), (9,)])
-    broken = moved(model, 0, "attn_v", torch.full_like(model.layers[0].attn_v.weight, torch.inf))
+    broken = moved(model, 0, "attn_v", torch.full_like(model.layers[0].attn_v.numbers, torch.inf))
     with pytest.raises(QuireError, match="overflow"):
         gradient.importance(broken, [prompt_of(8, 1)])
 

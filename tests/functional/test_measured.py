@@ -56,7 +56,7 @@ def scaled(model: Transformer, channels: slice, keys: float, queries: float) -> 
     layer = model.layers[0]
     k, q = layer.attn_k, layer.attn_q
     layer = replace(
-        layer, attn_k=replace(k, weight=times(k.weight, keys)), attn_q=replace(q, weight=times(q.weight, queries))
+        layer, attn_k=replace(k, weight=times(k.numbers, keys)), attn_q=replace(q, weight=times(q.numbers, queries))
     )
     return replace(model, layers=(layer, *model.layers[1:]))
 

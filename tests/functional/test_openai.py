@@ -5,17 +5,21 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from textual.widgets import Collapsible
 
 from command_line import json_of, run
+from driving import on_a_screen, running, shown, until
 from quire import config, paths
 from quire.cli import main
 from quire.session import Found, Session
+from quire.tui.app import QuireApp
 from quire_engine.errors import QuireError
 from quire_engine.runtimes.openai import Server
 from quire_engine.types import Answered, Text
@@ -134,6 +138,71 @@ def test_a_conversation_is_sent_whole(server: Asked) -> None:
     assert second[:2] == first
     assert second[2] == {"role": "assistant", "content": "".join(WORDS)}
     assert second[3]["content"].endswith("Where is the barrel?")
+
+
+def test_with_a_question_to_all_it_is_said_that_all_is_sent(server: Asked) -> None:
+    told = json_of("ask", "/all How much does the barrel hold?")
+    assert (told["answer"], told["passages_read"]) == ("".join(WORDS), 1)
+    assert told["leaves"] == Server(server.address).statement_of_all
+    [(_, _, body)] = server.requests
+    assert "holds rain, 200 litres" in body["messages"][1]["content"]
+    assert "/all" not in body["messages"][1]["content"]
+
+
+def statement(server: Asked) -> str:
+    return Server(server.address).statement
+
+
+def says(app: QuireApp, text: str) -> bool:
+    """Whether this stands on the screen, perhaps over several lines."""
+    return text in " ".join(shown(app).split())
+
+
+@on_a_screen
+async def test_the_application_says_where_answers_come_from(server: Asked) -> None:
+    server.after = 1
+    async with running(lambda: Session(config.load()), (80, 24)) as (app, pilot):
+        assert says(app, statement(server)), "before anything is loaded"
+        assert "Nothing leaves" not in shown(app)
+        await until(app, pilot, lambda: "a server answers: large at 127.0.0.1" in shown(app))
+        await until(app, pilot, lambda: "Your folders" in shown(app))
+        assert says(app, statement(server))
+        app.chat.prompt.put("How much does the barrel hold?")
+        await pilot.press("enter")
+        await until(app, pilot, lambda: "The barrel" in shown(app) and WORDS[1] not in shown(app))
+        await pilot.press("escape")
+        await until(app, pilot, lambda: "Stopped." in shown(app))
+        server.after = 99
+        app.chat.prompt.put("How much does the barrel hold?")
+        await pilot.press("enter")
+        await until(app, pilot, lambda: "The barrel holds 200 litres." in shown(app))
+        await until(app, pilot, lambda: shown(app).count("1 source: rain.md") == 2)
+        for status, said in ((401, "QUIRE_OPENAI_KEY"), (404, "openai_model (F2)"), (400, "context_tokens (F2)")):
+            server.status, server.told = status, "{}"
+            app.chat.prompt.put("And the shed?")
+            await pilot.press("enter")
+            await until(app, pilot, partial(says, app, said))
+            assert app.chat.prompt.text == "And the shed?", "it comes back"
+            assert "quire config" not in shown(app)
+
+
+@on_a_screen
+async def test_going_over_to_a_server_is_said_where_a_conversation_goes_on(server: Asked) -> None:
+    config.save({"runtime": "llama.cpp", "max_tokens": 2})
+    async with running(lambda: Session(config.load())) as (app, pilot):
+        await until(app, pilot, lambda: "Nothing leaves this computer" in shown(app))
+        app.chat.prompt.put("How much does the barrel hold?")
+        await pilot.press("enter")
+        await until(app, pilot, lambda: app.chat.query(Collapsible))
+        app.preferences.use("runtime", "openai")
+        await until(app, pilot, lambda: says(app, statement(server)))
+        await until(app, pilot, lambda: "a server answers: large" in shown(app))
+        assert server.requests == []
+
+
+def test_line_by_line_it_is_said_first(server: Asked) -> None:
+    done = CliRunner().invoke(main, ["chat", "--plain"], input="")
+    assert done.stderr == f"{statement(server)}\n"
 
 
 def test_stopping_keeps_what_came(server: Asked) -> None:

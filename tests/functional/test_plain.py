@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from driving import PATIENCE_S, Terminal
+from quire import config
 from quire.conversation import open_history
+from quire.session import Session
+from stitching import tried_out
 from tiny_gguf import write_tiny_gguf
 
 TEXT = "Water for tea is poured at 80 degrees.\n\nThe boiler needs service in May.\n"
@@ -144,6 +147,8 @@ def test_ctrl_c_stops_an_answer_and_keeps_it(
     monkeypatch.delenv("QUIRE_MODEL")  # the bundled one writes slowly enough
     monkeypatch.setenv("QUIRE_MAX_TOKENS", "1000")
     monkeypatch.setenv("QUIRE_TEMPERATURE", "1.5")
+    with Session(config.load()) as session:
+        tried_out(session.engine)
     screen = terminal("notes")
     screen.until(lambda: screen.seen.endswith("> "))
     screen.type("Write a very long poem of tea, boilers and water.\r")

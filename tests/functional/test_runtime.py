@@ -1,113 +1,52 @@
 """The llama.cpp runtime on tiny models: stitched KV gives what full prefill gives, for every kind of RoPE.
 
-The models' weights are float32 or float16 and random, so logits are compared as numbers; they spread by about 3.
+The models' weights are float32 or float16 and random, so logits are compared as numbers.
 """
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from quire_engine import gguf, plan
 from quire_engine.errors import Aborted
-from quire_engine.kv import codec, drift, transfer
-from quire_engine.kv.format import ChunkReader, to_bytes
-from quire_engine.kv.memory import MemorySource
-from quire_engine.kv.transfer import Placement
-from quire_engine.plan import Mask, Prompt, Segment
-from quire_engine.runtimes import llama_state
+from quire_engine.kv import drift, transfer
+from quire_engine.plan import Prompt, Segment
+from quire_engine.runtimes import llama_cpp, llama_state
+from quire_engine.runtimes.base import Runtime
 from quire_engine.runtimes.llama_context import LlamaContext, LlamaModel
-from quire_engine.runtimes.llama_cpp import FIRST_SPAN, LIVE, MAX_SPANS, LlamaCppRuntime
+from quire_engine.runtimes.llama_cpp import FIRST_GUARD, FIRST_SPAN, LIVE, MAX_SPANS, LlamaCppRuntime
+from quire_engine.runtimes.torch_gpu import TorchRuntime
+from quire_engine.runtimes.transformer import Transformer
 from quire_engine.selection import probe
-from quire_engine.types import BitPlan, ChunkKV, Float16, Float32
+from quire_engine.types import Float16
 from quire_kernels import rope
+from stitching import (
+    KINDS,
+    ROUNDING,
+    LoadLlama,
+    distance,
+    everything,
+    full,
+    place,
+    prompt_of,
+    readers,
+    some_tokens,
+    stitched,
+    stored,
+)
 
-# Keys are rounded to float16 once more when they are stored before RoPE, and llama.cpp's attention on a CPU adds up
-# in float16, in the order of its cells: the same tokens in other cells differ by .01.
-ROUNDING = 0.03
-STITCHED = ["llama", "qwen2", "qwen3", "factors", "head8", "half", "linear"]
 Tiny = Callable[[str], Path]
 
 
-@pytest.fixture(scope="module")
-def load(tiny: Tiny) -> Iterator[Callable[[str], LlamaCppRuntime]]:
-    """A runtime by kind of model; every kind is loaded once."""
-    runtimes: dict[str, LlamaCppRuntime] = {}
-
-    def runtime(kind: str) -> LlamaCppRuntime:
-        if kind not in runtimes:
-            path = tiny(kind)
-            runtimes[kind] = LlamaCppRuntime(LlamaModel(path), gguf.shape(gguf.read(path)), threads=1)
-        runtimes[kind].reserve(4096)
-        runtimes[kind].rewind(0)
-        return runtimes[kind]
-
-    yield runtime
-    for one in runtimes.values():
-        one.close()
-
-
 @pytest.fixture
-def llama(load: Callable[[str], LlamaCppRuntime]) -> LlamaCppRuntime:
-    return load("llama")
-
-
-def some_tokens(count: int, seed: int) -> tuple[int, ...]:
-    """Ordinary tokens of the tiny vocabulary."""
-    return tuple(np.random.default_rng(seed).integers(5, 300, count).tolist())
-
-
-def prompt_of(preamble: int = 11, chunks: Sequence[int] = (60, 45), question: int = 9) -> Prompt:
-    return Prompt(
-        Segment(some_tokens(preamble, 1), "preamble"),
-        tuple(Segment(some_tokens(length, 2 + i), f"chunk{i}") for i, length in enumerate(chunks)),
-        Segment(some_tokens(question, 99)),
-    )
-
-
-def stored(runtime: LlamaCppRuntime, guard: Sequence[int], tokens: Sequence[int]) -> ChunkReader:
-    """A chunk's KV behind a guard, stored without loss."""
-    k_pre, v = runtime.encode(guard, tokens)
-    exact = BitPlan.exact(runtime.shape.layers)
-    packed = codec.encode(ChunkKV(k_pre, v, {}), exact, codec.text_order(len(tokens)))
-    return ChunkReader(MemorySource(to_bytes(packed, bytes(32))))
-
-
-def readers(runtime: LlamaCppRuntime, prompt: Prompt) -> list[ChunkReader]:
-    """Preamble and chunks, each chunk encoded behind the preamble alone, as Quire does."""
-    preamble = prompt.opening.tokens
-    first = [stored(runtime, (), preamble)] if preamble else []
-    return first + [stored(runtime, preamble, chunk.tokens) for chunk in prompt.chunks]
-
-
-def place(runtime: LlamaCppRuntime, prompt: Prompt, chunks: Sequence[ChunkReader]) -> None:
-    segments = [(segment, start) for segment, start in prompt.places if segment.tokens]
-    runtime.rewind(prompt.position)
-    runtime.place([Placement(s.key, c, start) for (s, start), c in zip(segments, chunks, strict=True)])
-
-
-def everything(prompt: Prompt, recompute: bool) -> list[Mask]:
-    return [np.full(len(chunk), recompute) for chunk in prompt.chunks]
-
-
-def full(runtime: LlamaCppRuntime, prompt: Prompt) -> Float32:
-    """The reference: full prefill."""
-    runtime.reserve(4096)
-    runtime.rewind(0)
-    runtime.execute(plan.compute_all(prompt))
-    return runtime.extend(prompt.question.tokens)
-
-
-def stitched(
-    runtime: LlamaCppRuntime, prompt: Prompt, chunks: Sequence[ChunkReader], recompute: Sequence[Mask]
-) -> Float32:
-    place(runtime, prompt, chunks)
-    runtime.execute(plan.stitch(prompt, recompute))
-    return runtime.extend(prompt.question.tokens)
+def llama(load_llama: LoadLlama) -> LlamaCppRuntime:
+    return load_llama("llama")
 
 
 def live_rows(runtime: LlamaCppRuntime, tokens: int) -> tuple[Float16, Float16]:
@@ -115,19 +54,13 @@ def live_rows(runtime: LlamaCppRuntime, tokens: int) -> tuple[Float16, Float16]:
     return runtime._rows(LIVE, 0, tokens, runtime.shape.layers)
 
 
-def distance(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a.astype(np.float32) - b.astype(np.float32)).max())
-
-
 # Against full prefill
 
 
-@pytest.mark.parametrize("kind", STITCHED)
-def test_exact_rows_behind_the_preamble_give_full_prefills_logits(
-    load: Callable[[str], LlamaCppRuntime], kind: str
-) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_rows_behind_the_preamble_give_full_prefills_logits(load_llama: LoadLlama, kind: str) -> None:
     """One chunk directly behind the preamble was encoded in just the context it gets: nothing is approximated."""
-    runtime, prompt = load(kind), prompt_of(chunks=[80])
+    runtime, prompt = load_llama(kind), prompt_of(chunks=[80])
     expected = full(runtime, prompt)
     chunks = readers(runtime, prompt)
     logits = stitched(runtime, prompt, chunks, everything(prompt, False))
@@ -138,10 +71,10 @@ def test_exact_rows_behind_the_preamble_give_full_prefills_logits(
     assert distance(stitched(runtime, prompt, other, everything(prompt, False)), expected) > 0.5
 
 
-@pytest.mark.parametrize("kind", STITCHED)
-def test_recomputing_everything_is_full_prefill(load: Callable[[str], LlamaCppRuntime], kind: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputing_everything_is_full_prefill(load_llama: LoadLlama, kind: str) -> None:
     """Every recomputed token sees all recomputed tokens before it, and none after it."""
-    runtime, prompt = load(kind), prompt_of()
+    runtime, prompt = load_llama(kind), prompt_of()
     expected = full(runtime, prompt)
     chunks = readers(runtime, prompt)
     logits = stitched(runtime, prompt, chunks, everything(prompt, True))
@@ -158,12 +91,10 @@ def test_without_a_preamble(llama: LlamaCppRuntime) -> None:
     assert distance(stitched(llama, prompt, chunks, everything(prompt, True)), expected) < ROUNDING
 
 
-@pytest.mark.parametrize("kind", STITCHED)
-def test_the_rows_of_a_moved_chunk_are_those_of_layer_0_there(
-    load: Callable[[str], LlamaCppRuntime], kind: str
-) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rows_of_a_moved_chunk_are_those_of_layer_0_there(load_llama: LoadLlama, kind: str) -> None:
     """Layer 0's keys before RoPE depend on the token alone, so moving must give what full prefill computes there."""
-    runtime, prompt = load(kind), prompt_of(chunks=[37, 50])
+    runtime, prompt = load_llama(kind), prompt_of(chunks=[37, 50])
     tokens = prompt.context_tokens
     full(runtime, prompt)
     k_full, v_full = live_rows(runtime, tokens)
@@ -217,7 +148,7 @@ def test_recomputing_more_comes_closer(llama: LlamaCppRuntime) -> None:
 FEW = drift.EVIDENCE_TOKENS - 1  # recomputed tokens that shift no others
 
 
-def rows_with_spans(runtime: LlamaCppRuntime, prompt: Prompt, spans: Sequence[tuple[int, int]]) -> Float16:
+def rows_with_spans(runtime: Runtime, prompt: Prompt, spans: Sequence[tuple[int, int]]) -> Float16:
     """The live keys after recomputing some spans of positions."""
     mask = np.zeros(prompt.context_tokens, dtype=bool)
     for start, stop in spans:
@@ -225,7 +156,7 @@ def rows_with_spans(runtime: LlamaCppRuntime, prompt: Prompt, spans: Sequence[tu
     masks = [mask[a:b] for a, b in pairwise(prompt.starts[1:])]
     chunks = readers(runtime, prompt)
     stitched(runtime, prompt, chunks, masks)
-    return live_rows(runtime, prompt.context_tokens)[0]
+    return runtime.rows(0, prompt.context_tokens)[0]
 
 
 def test_a_later_chunk_never_changes_an_earlier_row(llama: LlamaCppRuntime) -> None:
@@ -270,25 +201,101 @@ def test_a_recomputed_span_equals_a_run_over_the_rows_before_it(llama: LlamaCppR
     assert distance(rows, live_rows(llama, prompt.context_tokens)[0]) < 0.01
 
 
+SCATTERED = [(15, 16), (30, 32), (74, 75), (88, 90), (109, 110)]  # FEW tokens
+
+
+def test_scattered_tokens_see_stored_and_fresh_rows_up_to_their_own(load_llama: LoadLlama, tiny: Tiny) -> None:
+    """Against a model that reads the same tokens between the same stored rows. Below the third layer all that a token
+    sees of another is what the token alone decides."""
+    runtime, prompt = load_llama("deep"), prompt_of()
+    stored_rows = rows_with_spans(runtime, prompt, [])
+    values = live_rows(runtime, prompt.context_tokens)[1]
+    rows = rows_with_spans(runtime, prompt, SCATTERED)
+    again = np.concatenate([np.arange(*span) for span in SCATTERED])
+    kept = np.setdiff1d(np.arange(prompt.context_tokens), again)
+    reference = Transformer.load(tiny("deep"))
+    with torch.no_grad():
+        past = reference.place(list(stored_rows[:, kept]), list(values[:, kept]), kept)
+        expected, _ = reference.read([prompt.tokens[place] for place in again], past, again).stored()
+    assert distance(rows[:, again], expected) < ROUNDING
+    assert distance(rows[:, kept], stored_rows[:, kept]) < 0.01
+    alone = [rows_with_spans(runtime, prompt, [span])[:, slice(*span)] for span in SCATTERED]
+    assert distance(np.concatenate(alone, axis=1)[3], expected[3]) > 2 * ROUNDING, "which then would have been stale"
+
+
+def test_drift_is_taken_back_before_the_layers_spans_attend(load_llama: LoadLlama, tiny: Tiny) -> None:
+    """As in PyTorch's runtime, whose parts are tested one by one."""
+    runtime, prompt = load_llama("deep"), prompt_of()
+    other = TorchRuntime(Transformer.load(tiny("deep")))
+    spans = [(20, 25), (75, 81), (90, 99)]
+    rows = rows_with_spans(runtime, prompt, spans)
+    expected = rows_with_spans(other, prompt, spans)
+    untouched = rows_with_spans(runtime, prompt, [])
+    assert distance(rows, expected) < 2 * ROUNDING
+    assert distance(rows, untouched) > 10 * ROUNDING
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_batches_of_spans_see_the_earlier_ones(
+    load_llama: LoadLlama, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    runtime, prompt = load_llama("deep"), prompt_of()
+    together = rows_with_spans(runtime, prompt, SCATTERED)
+    monkeypatch.setattr(llama_cpp, "MAX_SPANS", count)
+    assert distance(rows_with_spans(runtime, prompt, SCATTERED), together) < ROUNDING
+
+
+def test_batches_of_spans_learn_from_each_other(load_llama: LoadLlama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands before the last span of a batch learns nothing of later ones; what stands behind it, of all."""
+    runtime, prompt = load_llama("deep"), prompt_of()
+    spans = [(20, 25), (75, 84), (100, 110)]
+    together = rows_with_spans(runtime, prompt, spans)
+    monkeypatch.setattr(llama_cpp, "MAX_SPANS", 2)
+    batches = rows_with_spans(runtime, prompt, spans)
+    untouched = rows_with_spans(runtime, prompt, [])
+    assert distance(batches[:2], together[:2]) < ROUNDING, "final rows learn from every span"
+    assert distance(batches[3], together[3]) < distance(batches[3], untouched[3]) / 2
+
+
 def test_more_spans_than_sequences(llama: LlamaCppRuntime) -> None:
-    """Two batches of spans give the rows that each span gives alone: none sees another's recomputed rows."""
     prompt = prompt_of(chunks=[3 * MAX_SPANS, 60])
     spans = [(start, start + 1) for start in range(12, 12 + 2 * (MAX_SPANS + 20), 2)]
-    rows = rows_with_spans(llama, prompt, spans)
-    for span in (spans[0], spans[40], spans[MAX_SPANS - 1], spans[MAX_SPANS], spans[-1]):
-        alone = rows_with_spans(llama, prompt, [span])
-        at = slice(*span)
-        assert distance(rows[:, at], alone[:, at]) < 0.01
-    untouched = rows_with_spans(llama, prompt, [])
-    reused = sorted(set(range(prompt.context_tokens)) - {start for start, _ in spans})
-    assert distance(rows[:, reused], untouched[:, reused]) < 0.01, "the first chunk stands where it was read"
+    rows, untouched = rows_with_spans(llama, prompt, spans), rows_with_spans(llama, prompt, [])
+    assert distance(rows, untouched) < 0.02, "the first chunk stands where it was read"
+
+
+def test_placed_rows_are_found_wherever_llama_cpp_keeps_them(llama: LlamaCppRuntime) -> None:
+    """In a cache that has room for them only in holes of one cell."""
+    prompt, spans = prompt_of(), [(15, 25), (80, 100)]
+    expected = rows_with_spans(llama, prompt, spans)
+    full_of_holes = LlamaCppRuntime(llama.model, llama.shape, threads=1)
+    there, gone = FIRST_GUARD + 2, FIRST_GUARD + 3
+    for position in range(480):
+        for sequence in (there, gone):
+            full_of_holes._context.decode((7,), position, sequence)
+    full_of_holes._context.remove(gone)
+    place(full_of_holes, prompt, readers(full_of_holes, prompt))
+    assert np.flatnonzero(np.diff(full_of_holes._cells) != 1).size > 10
+    found = rows_with_spans(full_of_holes, prompt, spans)
+    full_of_holes.close()
+    assert distance(found, expected) < 0.02
+
+
+def test_what_fails_between_two_layers_is_raised(llama: LlamaCppRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, spans = prompt_of(), [(15, 25), (80, 100)]
+    expected = rows_with_spans(llama, prompt, spans)
+    with monkeypatch.context() as patch:
+        patch.setattr(drift.Correction, "settled", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            rows_with_spans(llama, prompt, spans)
+    assert distance(rows_with_spans(llama, prompt, spans), expected) < 0.02
 
 
 def test_spans_longer_than_a_batch(llama: LlamaCppRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = prompt_of()
     expected = full(llama, prompt)
     chunks = readers(llama, prompt)
-    monkeypatch.setattr(llama._context, "_batch_limit", 7)
+    monkeypatch.setattr(llama._context, "batch_tokens", 7)
     assert distance(stitched(llama, prompt, chunks, everything(prompt, True)), expected) < ROUNDING
 
 
@@ -296,8 +303,8 @@ def test_spans_longer_than_a_batch(llama: LlamaCppRuntime, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_stopping_early_gives_the_same_early_layers(load: Callable[[str], LlamaCppRuntime], kind: str) -> None:
-    runtime = load(kind)
+def test_stopping_early_gives_the_same_early_layers(load_llama: LoadLlama, kind: str) -> None:
+    runtime = load_llama(kind)
     guard, tokens = some_tokens(20, 1), some_tokens(50, 2)
     k, v = runtime.encode(guard, tokens)
     assert k.shape == v.shape == (2, 50, 2, 16)
@@ -332,9 +339,9 @@ def test_encoding_makes_room_for_itself(llama: LlamaCppRuntime) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "head8"])
-def test_the_probe_is_the_questions_softmax_attention(load: Callable[[str], LlamaCppRuntime], kind: str) -> None:
+def test_the_probe_is_the_questions_softmax_attention(load_llama: LoadLlama, kind: str) -> None:
     """Against queries captured in a plain run over the same context, and keys rotated by the specification."""
-    runtime, prompt = load(kind), prompt_of(chunks=[50])
+    runtime, prompt = load_llama(kind), prompt_of(chunks=[50])
     shape, context, question = runtime.shape, prompt.context_tokens, prompt.question.tokens
     (layer,) = probe.probed_layers(shape.layers)
     place(runtime, prompt, readers(runtime, prompt))
@@ -531,6 +538,7 @@ def test_models_that_only_prefill_get_one_sequence(tiny: Tiny) -> None:
     path = tiny("gemma")
     runtime = LlamaCppRuntime(LlamaModel(path), gguf.shape(gguf.read(path)), threads=1, stitching=False)
     prompt = prompt_of()
+    runtime.reserve(4096)
     logits = full(runtime, prompt)
     assert np.isfinite(logits).all()
     assert logits.std() > 0.1

@@ -1,6 +1,7 @@
 """The PyTorch runtime against the reference decoder and llama.cpp: same scores, same chunks, same answers."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,25 +11,34 @@ from torch.nn.attention.bias import causal_lower_right
 
 from quire import config
 from quire.session import Session
-from quire_engine import gguf, plan, selfcheck
+from quire_engine import gguf, plan
 from quire_engine.errors import Aborted, ContextOverflow, ModelError
+from quire_engine.generate import Candidates
 from quire_engine.kv import codec, drift
 from quire_engine.kv.format import ChunkReader, to_bytes
 from quire_engine.kv.memory import MemorySource
 from quire_engine.kv.transfer import DamagedPlacements, Placement
 from quire_engine.plan import Mask, Prompt, Segment
-from quire_engine.runtimes import choose, torch_device
+from quire_engine.runtimes import base, choose, torch_device
 from quire_engine.runtimes.base import Runtime
-from quire_engine.runtimes.llama_context import LlamaModel
-from quire_engine.runtimes.llama_cpp import LlamaCppRuntime
-from quire_engine.runtimes.torch_decoder import Tile
+from quire_engine.runtimes.torch_decoder import Decoder, Tile
 from quire_engine.runtimes.torch_gpu import TorchRuntime
-from quire_engine.selection import selectors
-from quire_engine.selection.selectors import Evidence
-from quire_engine.types import BitPlan, ChunkKV, Float16, Float32, Text
+from quire_engine.types import Answered, BitPlan, ChunkKV, Float16, Float32, Text
+from stitching import (
+    KINDS,
+    ROUNDING,
+    LoadLlama,
+    distance,
+    full,
+    place,
+    prompt_of,
+    readers,
+    some_tokens,
+    stitched,
+    stored,
+    tried_out,
+)
 
-KINDS = ["llama", "qwen2", "qwen3", "factors", "head8", "half", "linear"]
-ROUNDING = 0.03  # of float16 keys and values, see test_runtime.py
 HERE = Path(__file__).parents[2]
 Tiny = Callable[[str], Path]
 Load = Callable[[str], TorchRuntime]
@@ -48,82 +58,17 @@ def load(tiny: Tiny) -> Load:
     return runtime
 
 
-@pytest.fixture(scope="module")
-def load_llama(tiny: Tiny) -> Iterator[Callable[[str], LlamaCppRuntime]]:
-    made: list[LlamaCppRuntime] = []
-
-    def runtime(kind: str) -> LlamaCppRuntime:
-        path = tiny(kind)
-        made.append(LlamaCppRuntime(LlamaModel(path), gguf.shape(gguf.read(path)), threads=1))
-        made[-1].reserve(1024)
-        return made[-1]
-
-    yield runtime
-    for one in made:
-        one.close()
-
-
-def some_tokens(count: int, seed: int) -> tuple[int, ...]:
-    return tuple(np.random.default_rng(seed).integers(5, 300, count).tolist())
-
-
-def prompt_of(preamble: int = 11, chunks: Sequence[int] = (60, 45), question: int = 9) -> Prompt:
-    return Prompt(
-        Segment(some_tokens(preamble, 1), "preamble"),
-        tuple(Segment(some_tokens(length, 2 + i), f"chunk{i}") for i, length in enumerate(chunks)),
-        Segment(some_tokens(question, 99)),
-    )
-
-
-def stored(runtime: Runtime, guard: Sequence[int], tokens: Sequence[int]) -> ChunkReader:
-    """A chunk's KV behind a guard, without loss but float16's."""
-    k_pre, v = runtime.encode(guard, tokens)
-    exact = BitPlan.exact(len(k_pre))
-    packed = codec.encode(ChunkKV(k_pre, v, {}), exact, codec.text_order(len(tokens)))
-    return ChunkReader(MemorySource(to_bytes(packed, bytes(32))))
-
-
-def readers(runtime: Runtime, prompt: Prompt) -> list[ChunkReader]:
-    """Preamble and chunks, each chunk behind the preamble alone."""
-    preamble = prompt.opening.tokens
-    return [stored(runtime, (), preamble), *(stored(runtime, preamble, chunk.tokens) for chunk in prompt.chunks)]
-
-
-def full(runtime: Runtime, prompt: Prompt) -> Float32:
-    runtime.rewind(0)
-    runtime.execute(plan.compute_all(prompt))
-    return runtime.extend(prompt.question.tokens)
-
-
-def place(runtime: Runtime, prompt: Prompt, chunks: Sequence[ChunkReader]) -> None:
-    runtime.rewind(prompt.position)
-    places = [(segment, start) for segment, start in prompt.places if segment.tokens]
-    runtime.place([Placement(s.key, c, start) for (s, start), c in zip(places, chunks, strict=True)])
-
-
-def stitched(runtime: Runtime, prompt: Prompt, chunks: Sequence[ChunkReader], masks: Sequence[Mask]) -> Float32:
-    place(runtime, prompt, chunks)
-    runtime.execute(plan.stitch(prompt, masks))
-    return runtime.extend(prompt.question.tokens)
-
-
 def some(prompt: Prompt, share: float) -> list[Mask]:
     """Scattered tokens of every chunk."""
     random = np.random.default_rng(5)
     return [random.random(len(chunk)) < share for chunk in prompt.chunks]
 
 
-def distance(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a.astype(np.float32) - b.astype(np.float32)).max())
-
-
 # Scores
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_are_those_of_the_reference_and_of_llama_cpp(
-    load: Load, load_llama: Callable[[str], LlamaCppRuntime], kind: str
-) -> None:
+def test_scores_are_those_of_the_reference_and_of_llama_cpp(load: Load, load_llama: LoadLlama, kind: str) -> None:
     runtime, prompt = load(kind), prompt_of()
     scores = full(runtime, prompt)
     with torch.no_grad():
@@ -197,7 +142,11 @@ def test_drift_is_corrected_as_the_specification_says(load: Load) -> None:
     values = [rows.reshape(len(rows), -1) for rows in v.copy()]
     fresh_v = [rows[again].reshape(again.sum(), -1) for rows in v_now]
     fresh_k = [rows[again] for rows in k_rot_now]
-    drift.correct(made, runtime.shape, k_rot, values, fresh_k, fresh_v, drift.WITHIN)
+    likely = k_rot[drift.middle(2)]
+    correction = drift.Correction.of(made, runtime.shape, likely)
+    assert correction is not None
+    k_rot = [correction.settled("k", *rows) for rows in zip(k_rot, fresh_k, strict=True)]
+    values = [correction.settled("v", *rows) for rows in zip(values, fresh_v, strict=True)]
     for layer in range(2):
         assert distance(k_rot_now[layer][~again], k_rot[layer][~again]) < 0.02
         assert distance(v_now[layer, ~again].reshape(values[layer][~again].shape), values[layer][~again]) < 0.02
@@ -318,13 +267,29 @@ def test_decoding_goes_on_over_the_rows_it_can_see_and_into_new_room(load: Load)
     assert distance(runtime.extend([7]), plain.extend([7])) < 1e-3
 
 
+@pytest.mark.parametrize("like_gpu", [False, True])
+@pytest.mark.parametrize("count", [1, 200, 1000])
+def test_candidates_picked_on_the_device_are_those_of_the_scores(
+    load: Load, monkeypatch: pytest.MonkeyPatch, count: int, like_gpu: bool
+) -> None:
+    """Also where many scores are equal, as they are in 16 bits."""
+    runtime = TorchRuntime(load("llama").model, like_gpu=like_gpu)
+    full(runtime, prompt_of())
+    assert isinstance(runtime, base.Picking)
+    monkeypatch.setattr(Decoder, "scores", lambda self, hidden: (4 * self.model.logits(hidden)).round())
+    expected = Candidates.of(runtime.extend((7,)), count)
+    runtime.rewind(runtime.live_tokens - 1)
+    found = base.likeliest(runtime, (7,), count)
+    assert found.tokens.tolist() == expected.tokens.tolist()
+    assert found.scores.tolist() == expected.scores.tolist()
+    assert count == 1 or len(set(expected.scores)) < len(expected.scores)
+
+
 # With llama.cpp
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_chunks_of_one_runtime_are_the_others(
-    load: Load, load_llama: Callable[[str], LlamaCppRuntime], kind: str
-) -> None:
+def test_chunks_of_one_runtime_are_the_others(load: Load, load_llama: LoadLlama, kind: str) -> None:
     ours, theirs, prompt = load(kind), load_llama(kind), prompt_of()
     nothing = [np.zeros(len(chunk), dtype=bool) for chunk in prompt.chunks]
     of_ours, of_theirs = readers(ours, prompt), readers(theirs, prompt)
@@ -336,9 +301,7 @@ def test_chunks_of_one_runtime_are_the_others(
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_the_probe_is_llama_cpps_and_leaves_no_trace(
-    load: Load, load_llama: Callable[[str], LlamaCppRuntime], kind: str
-) -> None:
+def test_the_probe_is_llama_cpps_and_leaves_no_trace(load: Load, load_llama: LoadLlama, kind: str) -> None:
     ours, theirs, prompt = load(kind), load_llama(kind), prompt_of()
     chunks = readers(ours, prompt)
     nothing = [np.zeros(len(chunk), dtype=bool) for chunk in prompt.chunks]
@@ -418,17 +381,6 @@ def test_an_abort_comes_before_the_next_layer_and_leaves_the_runtime_usable(load
     assert distance(stitched(runtime, prompt, again, masks), stitched(runtime, prompt, chunks, masks)) == 0
 
 
-# Choice of tokens
-
-
-def test_single_tokens_are_chosen(load: Load) -> None:
-    probe = np.random.default_rng(3).random(100, dtype=np.float32)
-    (mask,) = selectors.choose(
-        selectors.parse("probe"), [Evidence(100, {}, probe)], 0.2, span=load("llama").span_tokens
-    )
-    assert set(np.flatnonzero(mask)) == set(np.argsort(-probe)[:20])
-
-
 # Which runtime
 
 
@@ -444,7 +396,7 @@ def test_the_setting_the_model_and_the_device_decide(tiny: Tiny, monkeypatch: py
         assert (choice.runtime, choice.device) == expected
         assert choice.reason.endswith((".", "device."))
     assert choose.choose("torch", header(tiny("gemma"))).runtime == "llama.cpp"
-    monkeypatch.setattr(choose, "device", lambda: torch_device.Device("Titan", 10**9))
+    monkeypatch.setattr(choose, "device", lambda: torch_device.Device("Titan", 10**10))
     assert choose.choose("auto", model) == choose.Choice("torch", "cuda", "Runtime: PyTorch on Titan.")
     monkeypatch.setattr(choose, "device", lambda: torch_device.Device("Titan", 10**4))
     assert "too little memory" in choose.choose("auto", model).reason
@@ -453,32 +405,52 @@ def test_the_setting_the_model_and_the_device_decide(tiny: Tiny, monkeypatch: py
 
 def test_what_does_not_fit_a_device_is_refused_before_it_is_tried() -> None:
     torch_device.check_weights(10**12, None)
-    torch_device.check_rows(10**6, 10**9, None)
+    torch_device.check_rows(10**6, 0, 10**9, None)
     torch_device.check_weights(4 * 10**9, 8 * 10**9)
     with pytest.raises(ModelError, match=r"16\.0 GB"):
         torch_device.check_weights(16 * 10**9, 8 * 10**9)
-    torch_device.check_rows(131_072, 20_000, 4 * 10**9)
+    torch_device.check_rows(131_072, 1024, 21_504, 4 * 10**9)
     with pytest.raises(ContextOverflow) as refused:
-        torch_device.check_rows(131_072, 40_000, 4 * 10**9)
-    assert "26,4" in refused.value.hint
+        torch_device.check_rows(131_072, 1024, 40_960, 4 * 10**9, 1024)
+    assert "22,528 tokens fit" in refused.value.hint
+    torch_device.check_rows(131_072, 1024, 22_528, 4 * 10**9, 1024)
+    with pytest.raises(ContextOverflow):
+        torch_device.check_rows(131_072, 1024, 23_552, 4 * 10**9, 1024)
 
 
 # The whole way
 
 
-def test_the_sample_folder_gets_llama_cpps_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second runtime serves what the first one stored."""
-    monkeypatch.setattr(selfcheck, "_LONG_TOKENS", 256)  # which it is timed with
-    answers = {}
-    for name in ("torch", "llama.cpp"):
-        with Session(config.load({"runtime": name, "max_tokens": 12})) as session:
-            session.library.add_root(HERE / "assets" / "sample" / "lighthouse.md")
-            session.index([HERE / "assets" / "sample" / "lighthouse.md"], lambda _: None)
+LIGHTHOUSE, GARDEN = (HERE / "assets" / "sample" / name for name in ("lighthouse.md", "garden.md"))
+ASKED = {LIGHTHOUSE: "How high is the tower?", GARDEN: "How much water does the barrel hold?"}
+
+
+def test_the_sample_folder_gets_llama_cpps_answers() -> None:
+    """Each runtime reads one text and serves both, stitched and exactly; with a window as without."""
+    answers: dict[tuple[str, Path], set[str]] = {}
+    for name, added, window, about in (
+        ("torch", [LIGHTHOUSE], 0, [LIGHTHOUSE]),
+        ("llama.cpp", [LIGHTHOUSE, GARDEN], 0, [LIGHTHOUSE, GARDEN]),
+        ("torch", [LIGHTHOUSE, GARDEN], 32, [LIGHTHOUSE, GARDEN]),
+    ):
+        with Session(config.load({"runtime": name, "max_tokens": 12, "live_window": window})) as session:
+            tried_out(session.engine)
+            for file in added:
+                session.library.add_root(file)
+            session.index(added, lambda _: None)
             before = session.engine.written_bytes
             session.cache(lambda _: None, lambda: False)
-            assert (session.engine.written_bytes > before) == (name == "torch"), "same addresses"
+            assert (session.engine.written_bytes > before) == (window == 0), "everything was there, at the same address"
             assert session.engine.runtime.name == name
-            events = list(session.ask("How high is the tower?"))
-            answers[name] = "".join(event.text for event in events if isinstance(event, Text))
-    assert answers["torch"] == answers["llama.cpp"]
-    assert "34 metres" in answers["torch"]
+            asked: list[tuple[config.Dial, Path]] = [("exact", LIGHTHOUSE), *(("balanced", file) for file in about)]
+            for dial, file in asked:
+                session.settings = replace(session.settings, dial=dial)
+                events = list(session.ask(ASKED[file], within=file))
+                assert isinstance(events[-1], Answered)
+                assert (events[-1].tokens.reused > 0) == (dial == "balanced")
+                said = "".join(event.text for event in events if isinstance(event, Text))
+                answers.setdefault((dial, file), set()).add(said)
+    assert len(answers) == 3
+    assert all(len(said) == 1 for said in answers.values()), answers
+    assert any("34 metres" in said for of_one in answers.values() for said in of_one)
+    assert any("900 litres" in said for of_one in answers.values() for said in of_one)

@@ -8,28 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quire_engine.engine import Engine, EngineSettings, Request
-from quire_engine.prompt import Wording
+import stitching
+from quire_engine.engine import Engine, Request
 from quire_engine.runtimes.llama_cpp import LlamaCppRuntime
 from quire_engine.types import Answered, Event, Exchange, Forecast, Text
+from stitching import SETTINGS
 
 Tiny = Callable[[str], Path]
 
-SETTINGS = EngineSettings(Wording("Answer."), threads=1)
 PASSAGES = (
-    "The lighthouse at Cape Gull was built in 1871 by two brothers who had never seen the sea before.",
-    "Every autumn the cranes fly over the valley; the farmers count them and write the number on a door.",
-    "The old press stands in the cellar. It printed the first newspaper of the island, once a week.",
+    *stitching.PASSAGES,
     "The ferry leaves at noon, and in winter not at all when the wind comes from the north.",
 )
 FIRST = Request("When was it built?", PASSAGES[:2], 0.3, max_tokens=8, insist=True, keep=True)
-
-
-@pytest.fixture(scope="module")
-def checked(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("checked")
-    assert Engine(tiny("llama"), directory, SETTINGS).reuse_off == ""
-    return directory
 
 
 @pytest.fixture

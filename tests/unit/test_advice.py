@@ -35,6 +35,11 @@ def test_the_largest_that_is_quick(memory_gb: int, device_gb: int, best: str | N
     assert f"quire models pull {best}" in last if best else "None of them" in last
 
 
+def test_a_device_that_keeps_blocks_holds_larger_ones() -> None:
+    machine = Machine(64 * GB, "Titan", 12 * GB, keeps_blocks=True)
+    assert advice.on(machine).as_json()["recommended"] == "qwen2.5-7b"
+
+
 def test_without_a_device_it_is_what_the_welcome_says() -> None:
     for memory_gb in (3, 5, 8, 32):
         told, welcome = advice.on(Machine(memory_gb * GB)).best, models.recommended(memory_gb * GB)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from quire import config, paths
-from quire.config import BUNDLED, FROM_DIAL, Settings, load
+from quire.config import Settings, load
+from quire.config_values import BUNDLED, FROM_DIAL
 from quire_engine.errors import QuireError
 
 
@@ -22,7 +23,7 @@ def test_without_anything_the_defaults_hold() -> None:
     assert settings == Settings()
     assert settings.model == BUNDLED
     assert settings.ratio == FROM_DIAL
-    assert (settings.dial, settings.chunk_tokens, settings.max_file_mb) == ("balanced", 512, 20)
+    assert (settings.dial, settings.chunk_tokens, settings.max_file_mb) == ("balanced", 512, 200)
 
 
 def test_precedence_is_override_environment_file_default() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from quire import documents
 from quire.documents import Document, document_of, markup_of, read_file, rules_of, walk
 from quire.formats.base import Unreadable
 from quire.parsing import Parser
@@ -94,6 +95,22 @@ def test_what_is_no_text_is_refused(tmp_path: Path, data: bytes, expected: str) 
 def test_a_file_of_exactly_the_limit_is_read(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x" * 100)
     assert len(read_document(tmp_path / "a", 100).text) == 100
+
+
+def test_more_text_than_any_book_has_is_refused_whatever_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "MOST_CHARACTERS", 10)
+    file = tmp_path / "log.txt"
+    file.write_text("ä" * 10)  # 20 bytes
+    assert read_document(file, LIMIT_BYTES).text == "ä" * 10
+    file.write_text("x" * 11)
+    assert "million characters" in reason(file)
+    monkeypatch.setattr(documents, "_MOST_BYTES_OF_TEXT", 40)
+    file.write_bytes(b"\xff" * 41)  # before it is read, and decoded
+    assert "million characters" in reason(file)
+    file.with_suffix(".pdf").write_bytes(b"%PDF" + b" " * 100)  # whose pictures say nothing of its text
+    assert len(read_file(file.with_suffix(".pdf"), LIMIT_BYTES).data) == 104
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

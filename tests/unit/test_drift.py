@@ -70,8 +70,10 @@ def test_reused_rows_move_by_a_share_of_what_rows_like_them_show(recomputed: tup
     fresh_k, fresh_v = (
         [random.normal(size=(len(again), HEADS * DIM)).astype(np.float16) for _ in range(LAYERS)] for _ in range(2)
     )
-    now_k, now_v = ([rows.copy() for rows in layers] for layers in (k, v))
-    drift.correct(made, SHAPE, now_k, now_v, fresh_k, fresh_v)
+    correction = drift.Correction.of(made, SHAPE, k[drift.middle(LAYERS)])
+    assert correction is not None
+    now_k = [correction.settled("k", *rows) for rows in zip(k, fresh_k, strict=True)]
+    now_v = [correction.settled("v", *rows) for rows in zip(v, fresh_v, strict=True)]
     isolated = PREAMBLE + LENGTHS[0]
     reused = [row for row in range(isolated, tokens) if row not in again]
     alike = before_rope(k[drift.middle(LAYERS)], np.arange(tokens)).reshape(tokens, -1)[isolated:]
@@ -80,8 +82,8 @@ def test_reused_rows_move_by_a_share_of_what_rows_like_them_show(recomputed: tup
         rotated = before_rope(fresh_k[layer], again).reshape(len(again), -1)
         values, new_values = v[layer].astype(np.float32), now_v[layer].astype(np.float32)
         for stored, new, fresh, share in (
-            (keys, new_keys, rotated, drift.AFTER.keys),
-            (values, new_values, fresh_v[layer].astype(np.float32), drift.AFTER.values),
+            (keys, new_keys, rotated, drift.KEYS),
+            (values, new_values, fresh_v[layer].astype(np.float32), drift.VALUES),
         ):
             shown = {int(row) - isolated: fresh[at] for at, row in enumerate(again) if row >= isolated}
             for row in reused:
@@ -98,6 +100,20 @@ def test_too_few_recomputed_tokens_show_nothing() -> None:
     assert drift.Neighbours.of(stitched((0, drift.EVIDENCE_TOKENS, 0))) is not None
 
 
+def test_rows_that_are_asked_about_learn_the_same_as_among_all() -> None:
+    random = np.random.default_rng(5)
+    made = stitched((10, 8, 12))
+    k = [random.normal(size=(made.prompt.context_tokens, HEADS * DIM)).astype(np.float16) for _ in range(2)]
+    fresh = random.normal(size=(30, HEADS * DIM)).astype(np.float16)
+    everywhere = drift.Correction.of(made, SHAPE, k[0])
+    some = drift.Correction.of(made, SHAPE, k[0], since=55, until=80)
+    assert everywhere is not None
+    assert some is not None
+    expected, got = (one.settled("k", k[1], fresh) for one in (everywhere, some))
+    np.testing.assert_allclose(got[55:80], expected[55:80], atol=2e-3)
+    np.testing.assert_array_equal(np.delete(got, slice(55, 80), axis=0), np.delete(k[1], slice(55, 80), axis=0))
+
+
 def test_a_long_prompt_learns_from_what_stands_near(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks with few candidates leave out only what would have weighed next to nothing."""
     random = np.random.default_rng(4)
@@ -112,7 +128,7 @@ def test_a_long_prompt_learns_from_what_stands_near(monkeypatch: pytest.MonkeyPa
     assert near.bias.shape[2] < mask.sum() / 2
     changed = random.normal(size=(int(mask.sum()), 16)).astype(np.float32)
     got = near.drift(near.weights(stored), changed)
-    monkeypatch.setattr(drift, "_REACH_TOKENS", 3000)
+    monkeypatch.setattr(drift, "REACH_TOKENS", 3000)
     everything = drift.Neighbours.of(made)
     assert everything is not None
     near_some = (near.reused < 1000) | (near.reused >= 2000)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from quire_engine.engine import never
-from quire_engine.generate import Piece, Sampling, generate
+from quire_engine.generate import Candidates, Piece, Sampling, generate
 from quire_engine.types import Float32
 
 END = 0
@@ -30,15 +30,16 @@ class Script:
         scores[(len(self.told) + 1) % len(self.pieces)] = 5.0
         return scores
 
-    def extend(self, token: int) -> Float32:
+    def extend(self, token: int, count: int = 200) -> Candidates:
         self.told.append(token)
-        return self.logits()
+        return Candidates.of(self.logits(), count)
 
     def run(
         self, sampling: Sampling | None = None, max_tokens: int = 100, should_stop: Callable[[], bool] = never
     ) -> tuple[list[Piece], str]:
         """The pieces, and why it ended."""
-        *pieces, ending = generate(self.logits(), self.extend, self, sampling or Sampling(), max_tokens, should_stop)
+        first = Candidates.of(self.logits(), 200)
+        *pieces, ending = generate(first, self.extend, self, sampling or Sampling(), max_tokens, should_stop)
         assert isinstance(ending, str)
         assert all(isinstance(piece, Piece) for piece in pieces)
         return [piece for piece in pieces if isinstance(piece, Piece)], ending
@@ -96,7 +97,9 @@ def first_tokens(logits: Sequence[float], temperature: float, top_p: float, seed
     scores = np.array(logits, dtype=np.float32)
     drawn = []
     for seed in range(seeds):
-        first = next(generate(scores, script.extend, script, Sampling(temperature, top_p, seed), 1, never))
+        sampling = Sampling(temperature, top_p, seed)
+        candidates = Candidates.of(scores, sampling.candidates)
+        first = next(generate(candidates, script.extend, script, sampling, 1, never))
         drawn.append(first.token if isinstance(first, Piece) else END)
     return drawn
 
@@ -125,3 +128,13 @@ def test_top_p_keeps_the_likeliest_that_hold_it_together() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.01, 2.0])
 def test_huge_logits(temperature: float) -> None:
     assert set(first_tokens([0.0, 1e6, -1e6], temperature, 0.95, seeds=20)) == {1}
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 200, 500])
+def test_candidates_are_the_likeliest_and_of_equals_the_first(count: int) -> None:
+    """Scores in 16 bits are often equal."""
+    scores = np.random.default_rng(count).integers(-9, 9, 300).astype(np.float32)
+    found = Candidates.of(scores, count)
+    expected = sorted(range(300), key=lambda token: (-scores[token], token))[:count]
+    assert found.tokens.tolist() == expected
+    assert found.scores.tolist() == scores[expected].tolist()

@@ -2,7 +2,9 @@
 
 import hashlib
 import shutil
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 
 from file_server import FileServer, serving
 from quire import config, model_files, models
-from quire.config import BUNDLED, Settings
+from quire.config import Settings
+from quire.config_values import BUNDLED
 from quire.download import Fetching
 from quire.models import Price
 from quire_engine.errors import Aborted, ModelError, QuireError
@@ -230,6 +233,20 @@ def test_the_hub_gives_the_checksum_and_sends_elsewhere(server: FileServer, monk
     assert [where for where, _ in server.asked] == ["/someone/models/resolve/main/tiny.gguf", "/tiny.gguf?signed=1"]
 
 
+def test_the_token_is_for_the_hub_alone(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    fetch(server)
+    path = model_files.models_dir() / "tiny.gguf"
+    path.unlink()
+    monkeypatch.setenv("HF_ENDPOINT", server.address.replace("http:", "https:"))  # the same, but not in clear
+    fetch(server)
+    path.unlink()
+    assert set(server.tokens) == {""}
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
+    models.pull("someone/models/tiny.gguf", lambda _: None, never)
+    assert server.tokens[-1] == "Bearer secret"
+
+
 def test_a_wrong_checksum_leaves_nothing(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", server.address)
     server.checksum = "0" * 64
@@ -262,8 +279,45 @@ def test_what_is_no_model_is_not_kept(server: FileServer) -> None:
 
 
 def test_no_server_is_an_error_with_a_reason() -> None:
-    with pytest.raises(QuireError, match="could not be fetched whole: Connection refused"):
+    with pytest.raises(QuireError, match="could not be fetched: Connection refused") as caught:
         models.pull("http://127.0.0.1:9/tiny.gguf", lambda _: None, never)
+    assert "work without a network" in caught.value.hint
+
+
+def test_stopping_does_not_wait_for_a_silent_server(server: FileServer) -> None:
+    server.gate.clear()  # nobody sets it before the fixture ends, so that nothing comes after the headers
+    begun = threading.Event()
+    ended: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            fetch(server, progress=lambda _: begun.set(), should_stop=begun.is_set)
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(10)  # the server would be silent for twice as long
+    assert not thread.is_alive()
+    assert [type(error) for error in ended] == [Aborted]
+
+
+def test_a_server_that_is_gone_for_a_moment_is_waited_for() -> None:
+    """It breaks the connection, is not there, and comes back at the same address."""
+    files = {"tiny.gguf": DATA}
+    with ExitStack() as first, ExitStack() as second:
+        server = first.enter_context(serving(FileServer(files, breaks_after=400_000)))
+        back = FileServer(files, port=int(server.address.rsplit(":", 1)[1]))
+        comes_back = threading.Timer(0.5, lambda: second.enter_context(serving(back)))
+
+        def progress(at: Fetching) -> None:
+            if at.done_bytes >= 400_000 and not comes_back.is_alive() and not back.asked:
+                first.close()
+                comes_back.start()
+
+        assert fetch(server, progress=progress).read_bytes() == DATA
+        comes_back.join()
+    assert [span for _, span in back.asked] == ["bytes=400000-"]
 
 
 def test_a_full_disk_is_told_before_anything_is_written(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,12 @@ def reason(parser: Parser, format: str = "html", data: bytes = PAGE) -> str:
     return caught.value.reason
 
 
+def test_what_could_never_fit_its_memory_is_not_sent_to_it() -> None:
+    with Parser(Limits(memory_bytes=len(PAGE))) as parser:
+        assert "needs too much memory" in reason(parser)
+        assert parser._process is None
+
+
 def process_of(parser: Parser) -> "subprocess.Popen[bytes]":
     assert parser._process
     return parser._process

@@ -76,3 +76,13 @@ def test_compute_all_reuses_nothing() -> None:
     plan = compute_all(prompt_of(4, [5, 6]))
     assert plan.spans == (Span(0, 15, reuse=False),)
     assert (plan.reused_tokens, plan.recomputed_tokens) == (0, 15)
+
+
+@given(masks, st.integers(0, 60))
+def test_until_recomputes_what_stands_before(mask: Mask, stop: int) -> None:
+    prompt = prompt_of(2, [len(mask)])
+    until = stitch(prompt, [mask]).until(min(stop, prompt.context_tokens))
+    before = np.arange(prompt.context_tokens) < stop
+    assert mask_of(until).tolist() == (before & np.concatenate([[False] * 2, mask])).tolist()
+    assert until.reused_tokens + until.recomputed_tokens == prompt.context_tokens
+    assert until.spans[0].start == 0

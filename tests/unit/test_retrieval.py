@@ -161,6 +161,9 @@ def test_questions_that_ask_for_all() -> None:
     assert whole.asks_for_all("Which names stand in all my files?")
     assert whole.asks_for_all("Compare prices across all documents")
     assert not whole.asks_for_all("Are all files important?")
+    assert whole.asks_for_all(" /all  Who?")
+    assert not whole.asks_for_all("/allow it?")
+    assert [whole.bare(text) for text in (" /all  Who? ", "Who, in all files?")] == ["Who?", "Who, in all files?"]
 
 
 def test_as_good_is_measured_from_the_best() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire_engine.errors import QuireError
-from quire_engine.selection.selectors import DEFAULT, SPAN_TOKENS, Evidence, Rule, choose, parse
+from quire_engine.selection.selectors import DEFAULT, Evidence, Rule, choose, parse
 
 lengths = st.lists(st.integers(1, 200), min_size=1, max_size=6)
 ratios = st.floats(0, 1)
@@ -128,7 +128,7 @@ def test_the_budget_is_whole_tiles(tokens: list[int], ratio: float, name: str) -
 @given(lengths, ratios, st.sampled_from(["sensitivity", "spectral", "first", "random", "sensitivity*spectral"]))
 def test_without_a_question_the_budget_is_spread_evenly(tokens: list[int], ratio: float, name: str) -> None:
     for count, mask in zip(tokens, choose(parse(name), chunks_of(tokens), ratio), strict=True):
-        assert abs(int(mask.sum()) - ratio * count) <= 2 * SPAN_TOKENS
+        assert abs(int(mask.sum()) - ratio * count) <= 2
 
 
 @given(lengths, st.sampled_from(["default", "spectral"]))
@@ -139,20 +139,12 @@ def test_nothing_and_everything(tokens: list[int], name: str) -> None:
 
 
 def test_the_budget_goes_where_the_question_looks() -> None:
-    """Two spans of the second chunk hold all of the attention."""
+    """Half of the second chunk holds all of the attention."""
     probes = [np.full(64, 1e-6, np.float32), np.full(64, 1e-6, np.float32)]
     probes[1][16:48] = 1.0
     first, second = choose(parse("probe"), [Evidence(64, {}, probe) for probe in probes], 32 / 128)
     assert not first.any()
     assert np.flatnonzero(second).tolist() == list(range(16, 48))
-
-
-def test_chosen_tokens_come_in_spans_of_which_the_last_may_be_cut() -> None:
-    (mask,) = choose(parse("probe"), [evidence(70)], 0.4)
-    spans = [mask[start : start + SPAN_TOKENS] for start in range(0, 70, SPAN_TOKENS)]
-    cut = [span for span in spans if len(set(span.tolist())) > 1]
-    assert len(cut) == 1
-    assert np.array_equal(cut[0], np.sort(cut[0])[::-1]), "from its beginning"
 
 
 def test_scores_of_zero_still_spend_the_budget() -> None:
@@ -168,7 +160,7 @@ def test_a_selector_that_knows_the_prompt_spends_nothing_on_what_is_intact() -> 
         assert not masks[0].any()
         assert sum(int(mask.sum()) for mask in masks) == 90
     assert all(mask.all() for mask in choose(parse("probe"), chunks, 1.0)), "full prefill is all of it"
-    assert [int(mask.sum()) for mask in choose(parse("spectral"), chunks, 0.32, span=1)] == [32] * 3, "as published"
+    assert [int(mask.sum()) for mask in choose(parse("spectral"), chunks, 0.32)] == [32] * 3, "as published"
     assert sum(int(mask.sum()) for mask in choose(parse("probe"), chunks, 0.9)) == 200, "no more than there is"
 
 

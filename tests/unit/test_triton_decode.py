@@ -127,6 +127,22 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
             device_decode.attend(q, wrong)
 
 
+@pytest.mark.parametrize("v_by_channel", [False, True])
+@pytest.mark.parametrize("bits", [(6, 4), (1, 8)])
+def test_groups_are_packed_on_the_device_as_by_the_codec(bits: tuple[int, int], v_by_channel: bool) -> None:
+    rng = np.random.default_rng(3)
+    k, v = (rng.normal(size=(3 * GROUP, n)).astype(np.float32) * rng.uniform(0.1, 9, n) for n in (24, 80))
+    k[70, 3], k[:, 5] = 90.0, 2.5  # an outlier, and a channel that says nothing
+    k, v = k.astype(np.float32), v.astype(np.float32)
+    ours, theirs = (PackedGroups.empty(4, 24, 80, *bits, DEVICE, v_by_channel) for _ in range(2))
+    for group in range(3):
+        at = slice(group * GROUP, (group + 1) * GROUP)
+        theirs.put(group + 1, packed(k[at], bits[0], True), packed(v[at], bits[1], v_by_channel))
+    ours.fill(1, torch.from_numpy(k).to(DEVICE), torch.from_numpy(v).to(DEVICE))
+    for name, tensor in vars(ours).items():
+        assert torch.equal(tensor, getattr(theirs, name)), name
+
+
 def test_only_groups_as_wide_as_the_room_are_put() -> None:
     groups = PackedGroups.empty(1, 16, 16, 6, 4, "cpu")
     x = np.random.default_rng(0).normal(size=(GROUP, 16)).astype(np.float32)

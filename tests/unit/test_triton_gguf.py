@@ -64,6 +64,25 @@ def test_few_tokens_and_many_give_half_precision_results(form: dispatch.Form, to
     assert (got.cpu() - expected).norm() < 0.01 * expected.norm()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_what_the_scratch_has_no_room_for_has_its_turn_later(form: dispatch.Form) -> None:
+    """Two rows at a time of five, by the vendor's product."""
+    packed, numbers = weight("Q4_0", 5, blocks=3)
+    x = torch.randn(9, packed.columns, generator=torch.Generator().manual_seed(3))
+    scratch = torch.empty(2 * packed.columns + 1, device=DEVICE)
+    got = device_weights.linear(x.to(DEVICE), packed, scratch, form).cpu()
+    torch.testing.assert_close(got, x @ numbers.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_are_those_asked_for(name: str, form: dispatch.Form) -> None:
+    packed, numbers = weight(name, 6, blocks=1)
+    ids = torch.tensor([5, 0, 5])
+    got = device_weights.rows(packed, ids.to(DEVICE), torch.float32, form).cpu()
+    torch.testing.assert_close(got, numbers[ids], rtol=0.0, atol=0.0)
+
+
 def test_arguments_that_do_not_fit_are_refused() -> None:
     packed, _ = weight("Q6_K", 4, blocks=1)
     x = torch.zeros(1, 256, device=DEVICE)
@@ -76,7 +95,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     for wrong_x in (x[:, 1:], x[0], x.long(), x.to("meta")):
         with pytest.raises(ValueError, match=r"x is|one device"):
             device_weights.linear(wrong_x, packed)
-    for scratch in (x[0], torch.zeros(1024, dtype=torch.float16, device=DEVICE)):
+    for scratch in (x[0, 1:], torch.zeros(1024, dtype=torch.float16, device=DEVICE)):
         with pytest.raises(ValueError, match="scratch"):
             device_weights.linear(x, packed, scratch, form="torch")
     with pytest.raises(ValueError, match="out is"):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from quire import paths
-from quire.config import NoEmbedder
+from quire.config_values import NoEmbedder
 from quire.embedding import Vectors, embedder_of
 from quire.indexer import index_roots
 from quire.library import EVERYWHERE, Library

@@ -24,6 +24,8 @@ def doctor(model: str | None, as_json: bool) -> None:
     """Check settings, index, watches, model, runtime, kernels, disk and cache, with a remedy for what is wrong.
 
     Repairs nothing by itself. Takes seconds. Ends with 1 when something failed.
+
+    With --json: state (the worst one) and checks, each with check, state (ok, warn or fail), found, remedy and numbers.
     """
     from quire import doctor as checks
 

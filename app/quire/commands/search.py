@@ -29,7 +29,11 @@ _SNIPPET_CHARACTERS = 150
 @click.option("-n", "limit", type=click.IntRange(1, 1000), default=10, show_default=True, help="At most so many.")
 @json_option
 def search(query: str, within: Path | None, limit: int, as_json: bool) -> None:
-    """Find passages, best first. Words, headings and file names count, and meaning where `embedder` is set."""
+    """Find passages, best first. Words, headings and file names count, and meaning where `embedder` is set.
+
+    With --json: hits and repeats (nearly the same again), each with path, start_line, end_line, place (in a file
+    without lines: a page, a slide), score, heading and text; search_ms; by (how they were found).
+    """
     from quire import render
 
     with session_by() as session:

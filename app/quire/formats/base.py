@@ -12,7 +12,7 @@ from quire_engine.errors import QuireError
 
 VERSION = 1  # raise it when the same bytes would give other text; such files are then read again
 
-_MOST_CHARACTERS = 20_000_000  # about ten times a very long novel
+MOST_CHARACTERS = 20_000_000  # of a file's text: about ten times a very long novel
 _CELLS, _LINE = "!", "line"  # what the kind of a mark of cells ends in; the kind that counts lines
 # What a line of prose must not begin with, because it would read as a heading, a code fence or an underline.
 _MARKUP = re.compile(r"(?m)^( {0,3})(?=#{1,6}[ \t]|`{3}|~{3}|=+[ \t]*$|-+[ \t]*$)")
@@ -26,6 +26,13 @@ class Unreadable(QuireError):
         super().__init__(reason, remedy)
         self.reason = reason
         self.remedy = remedy
+
+
+class TooMuchText(Unreadable):
+    def __init__(self) -> None:
+        super().__init__(
+            f"holds more than {MOST_CHARACTERS // 1_000_000} million characters of text", "Split it into parts."
+        )
 
 
 @dataclass(frozen=True)
@@ -150,10 +157,8 @@ class Writer:
 
     def _add(self, lines: Sequence[str]) -> None:
         self._characters += sum(map(len, lines))
-        if self._characters > _MOST_CHARACTERS:
-            raise Unreadable(
-                f"holds more than {_MOST_CHARACTERS // 1_000_000} million characters of text", "Split it into parts."
-            )
+        if self._characters > MOST_CHARACTERS:
+            raise TooMuchText
         self._lines += lines
 
     def _move_marks(self, line: int) -> None:

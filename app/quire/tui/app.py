@@ -20,7 +20,7 @@ from textual.screen import Screen
 from textual.theme import Theme
 from textual.widgets import HelpPanel
 
-from quire import config, crash, paths
+from quire import config, crash, elsewhere, paths
 from quire.config import Settings
 from quire.terminal import printable
 from quire.tui.chat import ChatScreen
@@ -90,7 +90,7 @@ class QuireApp(App[None], inherit_bindings=False):
         overrides: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
-        self.chat = ChatScreen(open_session)
+        self.chat = ChatScreen(open_session, lambda: elsewhere.leaves(self.preferences.settings))
         self.preferences = Preferences(overrides or {}, self.chat.worker, self._new_settings)
         self.puller = Puller(self.post_message)
         self.crash: QuireError | None = None
@@ -133,6 +133,7 @@ class QuireApp(App[None], inherit_bindings=False):
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         yield SystemCommand("Conversations", "Search, open, rename, delete, export", self.action_conversations)
         yield SystemCommand("New conversation", "Begin anew; the present one is kept", self.chat.action_new)
+        yield SystemCommand("Ask all files", "Read every passage for one question: /all", self.chat.action_ask_all)
         yield SystemCommand("Settings", "Everything that can be set (F2)", self.action_settings)
         yield SystemCommand("Models", "Use, fetch or delete a model (F3)", self.action_models)
         yield SystemCommand(
@@ -228,6 +229,7 @@ class QuireApp(App[None], inherit_bindings=False):
 
     def _new_settings(self, settings: Settings) -> None:
         self._look()
+        self.chat.call_later(self.chat.settings_changed)
         for screen in self._choosing:
             screen.changed(settings)
 

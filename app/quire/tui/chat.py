@@ -23,7 +23,7 @@ from quire.terminal import printable
 from quire.tui.archive import Archive
 from quire.tui.dialogue import Dialogue
 from quire.tui.messages import NO_TURN, START, Changed, Failed, Noted, State, Told, Turn, Weighed
-from quire.tui.prompt import MOST_PAST, Prompt, PromptBox, StatusLine
+from quire.tui.prompt import ALL, MOST_PAST, Prompt, PromptBox, StatusLine
 from quire.tui.welcome import Welcome
 from quire.tui.widgets import Answer, Note, Question, Trouble, TurnPart, Undrawn, Wish
 from quire.tui.worker import Worker
@@ -53,8 +53,11 @@ class ChatScreen(Screen[None]):
         Binding("pagedown", "page(1)", "Scroll down", show=False, priority=True),
     ]
 
-    def __init__(self, open_session: "Callable[[], Session]") -> None:
+    def __init__(self, open_session: "Callable[[], Session]", leaves: Callable[[], str] = str) -> None:
+        """leaves: says what leaves this computer with a question, by the settings in force; nothing by itself."""
         super().__init__()
+        self._leaves = leaves
+        self._leaves_said = ""  # since the last change
         self.worker = Worker(open_session, self.post_message)
         self.state = State()
         self._turn: Turn | None = None
@@ -74,6 +77,7 @@ class ChatScreen(Screen[None]):
 
     def on_mount(self) -> None:
         self.prompt.focus()
+        self._leaves_said = self._leaves()
         self._show_state()
         self._set_detour(None)
         self.set_interval(_DRAIN_SECONDS, self._drain)
@@ -101,7 +105,7 @@ class ChatScreen(Screen[None]):
     def _weigh(self) -> None:
         """Finds out what the text in the prompt would take where it would be asked."""
         text = self.prompt.text.strip()
-        if text and not self._turn and not text.startswith("/"):
+        if text and not self._turn and (not text.startswith("/") or text.startswith(f"{ALL} ")):
             self.worker.weigh(text, self._after)
 
     @on(Prompt.Recalling)
@@ -119,11 +123,13 @@ class ChatScreen(Screen[None]):
             self.worker.add(Path(os.path.expanduser(rest.strip().strip("\"'") or ".")))
         elif command == "/sample":
             self.worker.add(Path(str(paths.assets() / "sample")))
-        elif command.startswith("/") and command[1:].isalpha():
+        elif sent.text == ALL:
+            self.prompt.put(f"{ALL} ")
+            self.notify("Type the question behind it.", timeout=4)
+        elif command.startswith("/") and command[1:].isalpha() and command != ALL:
             self.prompt.give_back(sent.text)
-            await self._dialogue.show(
-                Trouble(QuireError(f"There is no command {command}.", "/add PATH adds a folder or file."))
-            )
+            hint = f"/add PATH adds a folder or file, {ALL} and a question asks all of them."
+            await self._dialogue.show(Trouble(QuireError(f"There is no command {command}.", hint)))
         else:
             self.prompt.remember(sent.text)
             await self._ask(sent.text)
@@ -148,6 +154,12 @@ class ChatScreen(Screen[None]):
         elif self._detour and self.prompt.has_focus:
             self.prompt.put(self._detour.draft)
             self._set_detour(None)
+        self.prompt.focus()
+
+    def action_ask_all(self) -> None:
+        """Makes what stands in the prompt, perhaps nothing yet, a question to all documents."""
+        if not self.prompt.text.startswith(ALL):
+            self.prompt.put(f"{ALL} {self.prompt.text}")
         self.prompt.focus()
 
     def action_new(self) -> None:
@@ -256,6 +268,7 @@ class ChatScreen(Screen[None]):
     async def _told(self, message: Told) -> None:
         from quire.conversation import Kept, Unkept
         from quire.session import Found
+        from quire.whole import Account, Part, Plan
         from quire_engine.types import Forecast
 
         if not self._turn or not self._answer or self._turn.id != message.turn:
@@ -269,6 +282,12 @@ class ChatScreen(Screen[None]):
             self._answer.found(message.event)
         elif isinstance(message.event, Forecast):
             self._answer.forecast(message.event)
+        elif isinstance(message.event, Plan):
+            self._answer.plan(message.event)
+        elif isinstance(message.event, Part):
+            self._answer.progress(message.event)
+        elif isinstance(message.event, Account):
+            self._answer.account(message.event)
         else:
             await self._drain()
             answer, self._turn, self._answer = self._answer, None, None
@@ -314,6 +333,14 @@ class ChatScreen(Screen[None]):
     # What is seen
 
     def _show_state(self) -> None:
-        self.query_one(StatusLine).show(self.state, self._saved_ms)
+        leaves = self._leaves()
+        self.query_one(StatusLine).show(self.state, self._saved_ms, bool(leaves))
         for welcome in self.query(Welcome):
-            welcome.show(self.state)
+            welcome.show(self.state, leaves)
+
+    async def settings_changed(self) -> None:
+        """Says what leaves this computer, when other settings have changed it."""
+        before, self._leaves_said = self._leaves_said, self._leaves()
+        self._show_state()
+        if self._leaves_said != before and self._leaves_said and not self.query(Welcome):
+            await self._dialogue.show(Note((self._leaves_said,)))

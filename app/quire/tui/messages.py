@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from quire.conversation import Kept, Unkept
     from quire.models import Price
     from quire.session import Estimate, Found
+    from quire.whole import Account, Part, Plan
     from quire_engine.types import Answered, Forecast
 
 Letter = Literal["C", "Q", "S"]  # cached, queued, skipped
@@ -104,7 +105,7 @@ class Changed(Message):
 class Told(Message):
     """Something about an answer other than its text, all of which has been queued when Answered comes."""
 
-    def __init__(self, turn: int, event: "Kept | Unkept | Found | Forecast | Answered") -> None:
+    def __init__(self, turn: int, event: "Kept | Unkept | Found | Forecast | Plan | Part | Account | Answered") -> None:
         super().__init__()
         self.turn = turn
         self.event = event
@@ -128,9 +129,9 @@ class Weighing:
 
 
 class Weighed(Message):
-    """What a text in the prompt would take if it were asked."""
+    """What a text in the prompt would take if it were asked, of the passages that are found or of all."""
 
-    def __init__(self, text: str, estimate: "Estimate") -> None:
+    def __init__(self, text: str, estimate: "Estimate | Plan") -> None:
         super().__init__()
         self.text = text
         self.estimate = estimate

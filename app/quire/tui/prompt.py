@@ -24,7 +24,9 @@ from quire.tui.words import activity, place
 
 if TYPE_CHECKING:
     from quire.session import Estimate
+    from quire.whole import Plan
 
+ALL = "/all"  # before a question to all documents: whole.COMMAND
 _MOST_OFFERS = 6
 MOST_PAST = 500  # questions that Up walks through
 _STILL_SECONDS = 0.4  # without a key, before it is worth asking what the question would take
@@ -65,6 +67,8 @@ Type a question about your documents and press Enter. `/add ~/notes` adds a fold
 texts to try it with.
 **@** and some letters offer documents and folders: **Tab** or **Enter** takes one, **Esc** closes the list. A question
 with `@notes/tea.md` or `@notes/` is answered from there alone.
+**/all** before a question, or the words "in all files" in it, has every passage read for it, not only those that are
+found: slow, but the answer says what became of every document.
 **Shift+Enter** or **Ctrl+J** starts a new line. **Up** in the first line and **Down** in the last walk through earlier
 questions; what was being typed comes last.
 **Esc** stops an answer and keeps what there is. **Shift+Tab** goes up to its sources, **PageUp** scrolls.
@@ -271,11 +275,12 @@ class PromptBox(Vertical):
         yield self._weight
         yield self.prompt
 
-    def show(self, text: str, estimate: "Estimate") -> None:
+    def show(self, text: str, estimate: "Estimate | Plan") -> None:
         """What the text would take, unless it is not the text any more."""
         if text == self.prompt.text.strip():
             self._weight.update(weight(estimate))
-            self._weight.set_class(estimate.too_long, "warning")
+            alarming = getattr(estimate, "too_long", False) or getattr(estimate, "leaves", "")
+            self._weight.set_class(bool(alarming), "warning")
             self._weight.display = True
 
     @on(TextArea.Changed)
@@ -288,10 +293,13 @@ class PromptBox(Vertical):
         self.prompt._take(self.prompt.offers.places[event.option_index])
 
 
-def weight(estimate: "Estimate") -> str:
-    """About 0.9 s · 1,269 tokens reused, 240 computed · 1,509 of 8,192 tokens"""
+def weight(estimate: "Estimate | Plan") -> str:
+    """About 0.9 s · 1,269 tokens reused, 240 computed · 1,509 of 8,192 tokens. Of all documents: All files: ..."""
     from quire.render import duration
+    from quire.whole import Plan
 
+    if isinstance(estimate, Plan):
+        return weight_of_all(estimate)
     room = f"{estimate.prompt_tokens:,} of {estimate.room_tokens:,} tokens"
     if estimate.too_long:
         return f"Too long for this model: {room}. Shorten the question."
@@ -301,21 +309,31 @@ def weight(estimate: "Estimate") -> str:
     return " · ".join(filter(None, (time, made_of, room)))
 
 
+def weight_of_all(plan: "Plan") -> str:
+    """All files · at least 12.0 s · 34 passages of 12 documents in 5 parts"""
+    from quire.render import duration, plan_counts
+
+    least = f"at least {duration(plan.least_ms)}" if plan.least_ms else ""
+    return " · ".join(filter(None, (printable(plan.leaves), "All files", least, plan_counts(plan))))
+
+
 class StatusLine(Static):
-    """Folders, what is cached, the model, and how much sooner first words came than after full prefill."""
+    """Folders, what is cached, the model, and how much sooner first words came than after full prefill. Where a server
+    answers, that."""
 
-    def show(self, state: State, saved_ms: float) -> None:
-        self.update(Content(" · ".join(filter(None, status_parts(state, saved_ms)))))
+    def show(self, state: State, saved_ms: float, served: bool = False) -> None:
+        self.update(Content(" · ".join(filter(None, status_parts(state, saved_ms, served)))))
 
 
-def status_parts(state: State, saved_ms: float) -> tuple[str, ...]:
+def status_parts(state: State, saved_ms: float, served: bool = False) -> tuple[str, ...]:
     """The most useful first: what does not fit is cut off."""
     folders = place(state.roots[0]) if len(state.roots) == 1 else f"{len(state.roots)} folders"
     cached = f"{state.done}/{state.total} cached" if state.total else ""
+    model = printable(state.model) or "loading the model"
     return (
-        cached if not state.reuse_off else "not cached with this model",
+        f"a server answers: {model}" if served else "not cached with this model" if state.reuse_off else cached,
         activity(state),
         f"saved {saved_ms / 1000:.1f} s of full prefill" if saved_ms else "",
-        printable(state.model) or "loading the model",
+        "" if served else model,
         folders if state.roots else "no folder yet",
     )

@@ -18,6 +18,7 @@ from quire.tui.words import plain
 
 if TYPE_CHECKING:
     from quire.library import Hit
+    from quire.transcript import Mention
 
 
 def title(hits: "tuple[Hit, ...]") -> str:
@@ -27,7 +28,8 @@ def title(hits: "tuple[Hit, ...]") -> str:
 
 
 class Sources(OptionList):
-    """The passages an answer rests on, numbered; Enter shows one, o opens its file."""
+    """The passages an answer rests on, numbered; Enter shows one, o opens its file. Where all documents were asked, the
+    others follow, each with what became of it."""
 
     HELP = "## Sources\n\nEnter shows the passage, `o` opens its file in your `$EDITOR`."
     BINDINGS: ClassVar[list[BindingType]] = [Binding("o", "open", "Open")]
@@ -39,17 +41,24 @@ class Sources(OptionList):
             super().__init__()
             self.hit = hit
 
-    def __init__(self, hits: "tuple[Hit, ...]") -> None:
+    def __init__(self, hits: "tuple[Hit, ...]", documents: "tuple[Mention, ...]" = ()) -> None:
         from quire import render
+        from quire.library import Hit
 
-        lines = (f"{number}. {render.source(hit)}" for number, hit in enumerate(hits, 1))
-        super().__init__(*map(Content, lines), compact=True)
-        self._hits = hits
+        shown = {hit.path for hit in hits}
+        others = [document for document in documents if document.path not in shown]
+        lines = [f"{number}. {render.source(hit)}" for number, hit in enumerate(hits, 1)]
+        super().__init__(*map(Content, [*lines, *map(render.mention_line, others)]), compact=True)
+        self._passages = len(hits)
+        self._hits = (*hits, *(Hit("", "", 0, document.path, 1, 1, "", 0.0) for document in others))
 
     @on(OptionList.OptionSelected)
     def _preview(self, event: OptionList.OptionSelected) -> None:
         event.stop()
-        self.app.push_screen(Preview(self._hits[event.option_index], event.option_index + 1))
+        if event.option_index < self._passages:
+            self.app.push_screen(Preview(self._hits[event.option_index], event.option_index + 1))
+        else:
+            self.action_open()
 
     def action_open(self) -> None:
         if self.highlighted is not None:

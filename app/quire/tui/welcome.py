@@ -6,19 +6,23 @@ from textual.content import Content
 from textual.widgets import Static
 
 from quire import models
+from quire.terminal import printable
 from quire.tui.messages import State
 from quire.tui.words import place
+
+_LOCAL = (
+    "Nothing leaves this computer. What a model computes while it reads a passage is kept on disk, so that"
+    " the first word of an answer comes sooner than if everything were read again."
+)
 
 
 class Welcome(Static):
     """The first thing that is seen."""
 
-    def show(self, state: State) -> None:
-        parts: list[str | tuple[str, str]] = [
-            ("Quire answers from your own documents.\n", "bold"),
-            "Nothing leaves this computer. What a model computes while it reads a passage is kept on disk, so that"
-            " the first word of an answer comes sooner than if everything were read again.\n\n",
-        ]
+    def show(self, state: State, leaves: str) -> None:
+        """leaves: what leaves this computer; empty where nothing does."""
+        parts: list[str | tuple[str, str]] = [("Quire answers from your own documents.\n", "bold")]
+        parts += [(printable(leaves), "$text-warning"), "\n\n"] if leaves else [_LOCAL, "\n\n"]
         if state.roots:
             parts += ["Your folders: ", (", ".join(map(place, state.roots)), "bold"), ". Ask them something.\n"]
             parts += [
@@ -26,6 +30,8 @@ class Welcome(Static):
                 ("/add ~/notes", "$text-accent"),
                 "   What is cached: ",
                 ("Ctrl+L", "$text-accent"),
+                "   Ask every file: ",
+                ("/all", "$text-accent"),
                 "\n",
             ]
         elif state.model:
@@ -33,7 +39,7 @@ class Welcome(Static):
             parts += [(f"    /add {place(Path.cwd())}", "$text-accent"), "\n\n"]
             parts += [("/sample", "$text-accent"), " reads four short texts to try it with; "]
             parts += [("Ctrl+L", "$text-accent"), " shows folders and what is cached.\n"]
-        if state.bundled:
+        if state.bundled and not leaves:
             parts += [
                 "\nThe model that came along is small: it finds plain facts in short passages and gets much else"
                 " wrong. ",

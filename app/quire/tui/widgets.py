@@ -10,6 +10,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
+from textual.markup import escape
 from textual.message import Message
 from textual.widgets import Collapsible, Static
 
@@ -22,8 +23,12 @@ from quire_engine.errors import QuireError
 
 if TYPE_CHECKING:
     from quire.session import Found
+    from quire.transcript import Mention
     from quire.transcript import Turn as StoredTurn
+    from quire.whole import Account, Part, Plan
     from quire_engine.types import Answered, Forecast
+
+_MOST_PARTIALS = 3  # that are seen while all documents are read
 
 _ENDINGS = {"end": "", "length": "Cut off: too long. ", "stopped": "Stopped. "}
 
@@ -142,6 +147,8 @@ class Answer(TurnPart):
         self.body = AnswerText()
         self._found: Found | None = None
         self._forecast: Forecast | None = None
+        self._documents: tuple[Mention, ...] = ()  # all of them, where all were asked
+        self._partials: list[str] = []
 
     def compose(self) -> ComposeResult:
         yield self._expected
@@ -155,6 +162,28 @@ class Answer(TurnPart):
 
         self._forecast = forecast
         self._expected.update(f"Reading {printable(render.forecast_line(forecast))}")
+
+    def plan(self, plan: "Plan") -> None:
+        """All documents will be read."""
+        from quire import render
+
+        self._expected.update(f"Reading all: {render.plan_line(plan)}\nEsc stops, and tells what was found.")
+
+    def progress(self, part: "Part") -> None:
+        """How far reading all documents came, and what was found last."""
+        from quire import render
+        from quire.tui.words import left
+
+        self._partials += [render.partial(part.answer)] if part.answer else []
+        what = f"{left(part.left_ms)}; Esc stops" if part.left_ms else "putting the answer together"
+        lines = [f"Read {part.done} of {part.total} parts, {what}", *self._partials[-_MOST_PARTIALS:]]
+        self._expected.update("\n".join(lines))
+
+    def account(self, account: "Account") -> None:
+        """What became of every document."""
+        from quire.session import Found
+
+        self._found, self._documents = Found(account.sources, 0.0), account.documents
 
     async def write(self, text: str) -> None:
         self.said += text
@@ -172,6 +201,9 @@ class Answer(TurnPart):
 
         await self.body.finish()
         assert self._found
+        if self._documents:
+            await self._finish_all(self._found, answered)
+            return 0.0
         assert self._forecast
         self._expected.update(_ENDINGS[answered.ending] + short_truth(self._forecast, answered))
         self._expected.display = True
@@ -181,6 +213,15 @@ class Answer(TurnPart):
         details = Static(f"{full}\n{reason}".strip().replace(" | ", "\n"), markup=False, classes="quiet")
         await self.mount(Collapsible(Sources(self._found.sources), details, title=sources.title(self._found.sources)))
         return render.saved_ms(self._forecast, answered)
+
+    async def _finish_all(self, found: "Found", answered: "Answered") -> None:
+        from quire import render
+
+        self._expected.update(_ENDINGS[answered.ending] + render.read_line(answered))
+        self._expected.display = True
+        self.move_child(self._expected, after=self.body)
+        listed = Sources(found.sources, self._documents)
+        await self.mount(Collapsible(listed, title=escape(render.documents_title(self._documents))))
 
     async def restore(self, turn: "StoredTurn") -> None:
         """Shows an answer as it was. Sources show the text that the model read, whatever their files say now."""
@@ -194,6 +235,7 @@ class Answer(TurnPart):
         hits = (Hit("", s.text, 0, s.path, s.start_line, s.end_line, s.heading, s.score, s.place) for s in turn.sources)
         self.found(Found(tuple(hits), truth.search_ms))
         self.forecast(truth.predicted)
+        self._documents = turn.documents
         if turn.ending != "lost":
             await self.finish(Answered(truth.tokens, truth.timings, truth.ratio, turn.ending))
             return

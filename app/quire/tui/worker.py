@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from textual.message import Message
 
-from quire import crash
+from quire import crash, elsewhere
 from quire.keeper import Keeper, LibraryWish
 from quire.tui.folders import OnScreen
 from quire.tui.messages import (
@@ -65,6 +65,10 @@ _HERE = (
     ("Add one: quire add ~/notes", "Add one: /add ~/notes; or try /sample"),
     ("quire status", "Ctrl+L"),
     ("with --model, or see: quire models", "in the models screen (F3)"),
+    ("quire config set runtime auto", "runtime auto (F2)"),
+    ("quire config set openai_url", "openai_url (F2), such as"),
+    ("openai_model: quire config", "openai_model (F2)"),
+    ("quire ask --all", "/all"),
 )
 _TYPING_SECONDS = 2.0  # caching waits this long after a keystroke
 _JOIN_SECONDS = 5.0  # what cannot be interrupted (loading a model) takes less, except on a very busy machine
@@ -219,11 +223,11 @@ class Worker:
 
     def _open(self, open_session: "Callable[[], Session]") -> "Session":
         from quire import models
-        from quire.config import BundledModel
+        from quire.config_values import BundledModel
 
         session = open_session()
         engine, roots = session.engine, tuple(session.library.roots())
-        bundled = isinstance(session.settings.model, BundledModel)
+        bundled = isinstance(session.settings.model, BundledModel) and not elsewhere.leaves(session.settings)
         name = models.BUNDLED_TITLE if bundled else engine.model_name
         self._tell(model=name, bundled=bundled, reuse_off=engine.known_reuse_off, roots=roots)
         self._folders.opened(session)
@@ -264,6 +268,7 @@ class Worker:
 
     def _answer(self, session: "Session", turn: Turn) -> None:
         from quire.session import Found
+        from quire.whole import Plan
         from quire_engine.types import Text
 
         found: set[str] = set()
@@ -279,8 +284,8 @@ class Worker:
             if isinstance(event, Text):
                 turn.pieces.put(event.text)
                 continue
-            if isinstance(event, Found):
-                found = {hit.chunk_id for hit in event.sources}
+            if isinstance(event, Found | Plan):
+                found = {h.chunk_id for h in event.sources} if isinstance(event, Found) else set(session.shelf.waiting)
                 try:
                     self._reuse_off(session, turn)
                 except Aborted:
@@ -292,9 +297,15 @@ class Worker:
 
     def _weigh(self, session: "Session") -> None:
         """Never says what went wrong: the question itself will."""
+        from quire.whole import WholeFolder, asks_for_all
+
         wanted, self._weighing = self._weighing, None
-        if wanted:
-            with suppress(QuireError):
+        if not wanted:
+            return
+        with suppress(QuireError):
+            if asks_for_all(wanted.text):
+                self._post(Weighed(wanted.text, WholeFolder(session).weigh(wanted.text)))
+            else:
                 estimate = session.estimate(wanted.text, self._recorder.past(wanted.parent))
                 self._post(Weighed(wanted.text, estimate))
 
@@ -354,6 +365,6 @@ def _explained(error: Exception) -> QuireError:
     if not isinstance(error, QuireError):
         return crash.explained(error)
     hint = error.hint
-    for elsewhere, here in _HERE:
-        hint = hint.replace(elsewhere, here)
+    for there, here in _HERE:
+        hint = hint.replace(there, here)
     return error if hint == error.hint else QuireError(error.message, hint, error.details)

@@ -8,17 +8,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
 
-from quire_engine.bench_gpu import kernels, model
+from quire_engine.bench_gpu import model
 from quire_engine.bench_gpu.clock import Bench, Times, timed
-from quire_engine.runtimes.torch_decoder import KV, Decoder
-from quire_engine.runtimes.torch_graph import Decoding
+from quire_engine.kv.window import Window, usual_plan
+from quire_engine.runtimes.torch_decoder import KV
+from quire_engine.runtimes.torch_graph import decoding
+from quire_engine.runtimes.torch_window import PackedKV
 from quire_engine.runtimes.transformer import Transformer
-from quire_kernels import device_decode
-from quire_kernels.device_decode import LiveRows
-from quire_kernels.device_place import Angles
 
+_PIECE = 2048  # tokens that are exact at once while a window is filled
 _SIZES = (8192, 32768)
 _QUICK_SIZES = (256,)
 
@@ -92,66 +91,28 @@ def _decoded(
     return Decoded(weights, rows, tokens, times, per_second, size, reached, peak)
 
 
-def _angles(bench: Bench, decoder: Decoder, tokens: int) -> Angles:
-    cos, sin = decoder.angles(torch.arange(tokens).numpy())
-    return Angles(cos[:, 0].contiguous(), sin[:, 0].contiguous(), decoder.shape.rope.layout)
-
-
 def _exact(bench: Bench, transformer: Transformer, tokens: int) -> tuple[Callable[[], object], int]:
     """The runtime's own recorded step."""
-    decoder = Decoder(transformer, check=lambda: None)
-    kv = KV(transformer.shape, tokens, decoder.device, decoder.dtype)
-    decoding = Decoding(transformer, kv, _angles(bench, decoder, tokens), tokens)
-    return lambda: decoding.read(5, tokens - 1), sum(layer.nbytes for layer in (*kv.k, *kv.v))
+    kv = KV(transformer.shape, tokens, bench.device, transformer.embedding.dtype)
+    step = decoding(transformer, kv, tokens)
+    return lambda: step.read(5, tokens - 1), kv.memory_bytes
 
 
 def _packed(bench: Bench, transformer: Transformer, tokens: int) -> tuple[Callable[[], object], int]:
-    decoder = Decoder(transformer, check=lambda: None)
-    angles = _angles(bench, decoder, tokens)
-    layers = [kernels.live_rows(bench, tokens, True, angles) for _ in range(transformer.shape.layers)]
-    step = _Window(decoder, layers, angles, tokens - 1)
-    return (
-        Recorded(step.run, bench.device) if bench.device.type == "cuda" else step.run,
-        sum(kernels.live_bytes(rows) for rows in layers),
-    )
-
-
-class _Window:
-    """One token up the layers over packed and exact rows, its own written to the last exact one."""
-
-    def __init__(self, decoder: Decoder, rows: list[LiveRows], angles: Angles, position: int) -> None:
-        self._decoder, self._rows = decoder, rows
-        self._token = torch.tensor([5], device=decoder.device)
-        self._cos, self._sin = (x[position : position + 1, None] for x in (angles.cos, angles.sin))
-
-    @torch.no_grad()
-    def run(self) -> Tensor:
-        decoder, transformer = self._decoder, self._decoder.model
-        x = transformer.embedding[self._token]
-        for layer, rows in zip(transformer.layers, self._rows, strict=True):
-            q, k_pre, v = layer.projections(x, decoder.shape)
-            q_rot, k_rot = (decoder.rotate(heads, self._cos, self._sin) for heads in (q, k_pre))
-            rows.k[-1:] = k_rot
-            rows.v[-1:] = v
-            x = x + layer.attn_output(device_decode.attend(q_rot, rows).flatten(-2))
-            x = x + layer.feed_forward(x)
-        return decoder.scores(x[-1])
-
-
-class Recorded:
-    """A step as a CUDA graph, recorded when it is made; every call replays it."""
-
-    def __init__(self, step: Callable[[], Tensor], device: torch.device) -> None:
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles kernels, and lets libraries allocate what they keep
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._scores = step()
-
-    def __call__(self) -> Tensor:
-        self._graph.replay()
-        return self._scores
+    """The same behind the runtime's window, which is filled piece by piece, so that the peak of memory is true."""
+    shape, window = transformer.shape, Window(bench.pick(128, 64))
+    piece = min(tokens, _PIECE)
+    kv = PackedKV(shape, piece, bench.device, transformer.embedding.dtype, usual_plan(shape.layers), window)
+    filled = 0
+    while filled < tokens - 1:
+        count = min(tokens - 1 - filled, kv.cells - (filled - kv.packed_tokens))
+        kv.grow(kv.packed_tokens + kv.cells, filled)
+        first = filled - kv.packed_tokens
+        for rows in (*kv.k, *kv.v):
+            rows[first : first + count].normal_()
+        filled += count
+        kv.pack(filled)
+    kv.grow(kv.packed_tokens + kv.cells, filled)
+    step = decoding(transformer, kv, 0)
+    exact = (tokens - kv.packed_tokens) * shape.values_per_token * transformer.embedding.dtype.itemsize
+    return lambda: step.read(5, tokens - 1), kv.packed_bytes + exact

@@ -13,9 +13,9 @@ from torch import Tensor
 from quire_engine.bench_gpu.clock import Bench
 from quire_engine.runtimes import torch_device
 from quire_engine.runtimes.transformer import Layer, Linear, Norm, Transformer
+from quire_engine.runtimes.weights import Blocks, Matrix, numbers
 from quire_engine.types import ModelShape, Rope
-from quire_kernels import device_weights
-from quire_kernels.device_weights import FORMATS
+from quire_kernels.device_weights import FORMATS, Packed
 
 Weights = Literal["bf16", "q4_k"]
 _Part = TypeVar("_Part")
@@ -45,18 +45,6 @@ def sizes(bench: Bench) -> Sizes:
     return TINY if bench.quick else EIGHT_BILLION
 
 
-@dataclass(frozen=True)
-class PackedLinear(Linear):
-    """A product with Q4_K blocks. weight: their bytes [rows, bytes of a row].  scratch: see device_weights.linear."""
-
-    scratch: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        packed = device_weights.Packed(self.weight, FORMATS["Q4_K"])
-        rows = device_weights.linear(x.reshape(-1, packed.columns), packed, self.scratch)
-        return rows.reshape(*x.shape[:-1], packed.rows)
-
-
 def shape_of(bench: Bench) -> ModelShape:
     of = sizes(bench)
     rope = Rope("adjacent", of.dim, 500_000.0)
@@ -69,7 +57,10 @@ def make(bench: Bench, weights: Weights) -> Transformer:
     of, shape, device = sizes(bench), shape_of(bench), bench.device
     kind = torch_device.number_type(device)
     torch.manual_seed(1)
-    linear = _dense(device, kind) if weights == "bf16" else _packed(device, kind, of.hidden * of.width)
+    matrix = _dense(device, kind) if weights == "bf16" else _packed(device, kind, of.hidden * of.width)
+
+    def linear(rows: int, columns: int) -> Linear:
+        return Linear(matrix(rows, columns, columns**-0.5), None)
 
     def norm() -> Norm:
         return Norm(torch.ones(of.width, dtype=kind, device=device), _EPSILON)
@@ -91,9 +82,8 @@ def make(bench: Bench, weights: Weights) -> Transformer:
         )
         for _ in range(of.layers)
     )
-    embedding = torch.randn(of.vocabulary, of.width, dtype=kind, device=device)
-    output = linear if weights == "bf16" else _packed(device, kind, 0)
-    return Transformer(shape, embedding, layers, norm(), output(of.vocabulary, of.width))
+    embedding = matrix(of.vocabulary, of.width, 1.0)
+    return Transformer(shape, embedding, layers, norm(), linear(of.vocabulary, of.width))
 
 
 def fitting(bench: Bench) -> Weights:
@@ -106,14 +96,14 @@ def copied(transformer: Transformer, device: torch.device, kind: torch.dtype) ->
     """The same 16-bit weights elsewhere."""
 
     def moved(part: _Part) -> _Part:
-        if isinstance(part, Linear | Norm):
-            return replace(part, weight=part.weight.to(device, kind))
-        return part
+        if isinstance(part, Linear):
+            return replace(part, weight=part.numbers.to(device, kind))
+        return replace(part, weight=part.weight.to(device, kind)) if isinstance(part, Norm) else part
 
     layers = (Layer(**{name: moved(part) for name, part in vars(layer).items()}) for layer in transformer.layers)
     return replace(
         transformer,
-        embedding=transformer.embedding.to(device, kind),
+        embedding=numbers(transformer.embedding).to(device, kind),
         layers=tuple(layers),
         output_norm=moved(transformer.output_norm),
         output=moved(transformer.output),
@@ -131,30 +121,26 @@ def read_bytes(model: Transformer) -> int:
     return sum(weight.nbytes for weight in (*products, model.output.weight))
 
 
-def q4_k(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Blocks with all bits at random but for the two float16 scales, which give numbers of about 1 / columns**0.5."""
+def q4_k(rows: int, columns: int, deviation: float, device: torch.device) -> Tensor:
+    """Blocks with all bits at random but for the two float16 scales, which give numbers about as large."""
     data = torch.randint(0, 256, (rows, columns // 256, 144), dtype=torch.uint8, device=device)
-    step = 1 / (32 * 4.6 * columns**0.5)  # steps are around 32, codes have a deviation of 4.6
+    step = deviation / (32 * 4.6)  # steps are around 32, codes have a deviation of 4.6
     scales = torch.tensor([step, 7.5 * step], dtype=torch.float16, device=device)
     data[:, :, :4] = scales.view(torch.uint8)
     return data.reshape(rows, -1)
 
 
-def _dense(device: torch.device, kind: torch.dtype) -> Callable[[int, int], Linear]:
-    def linear(rows: int, columns: int) -> Linear:
-        return Linear(torch.randn(rows, columns, dtype=kind, device=device).mul_(columns**-0.5), None)
-
-    return linear
+Make = Callable[[int, int, float], Matrix]
+"""Of rows, columns, and the deviation of the numbers."""
 
 
-def _packed(device: torch.device, kind: torch.dtype, most: int) -> Callable[[int, int], Linear]:
-    # One for all, since they run one after another; none for what is only ever asked for one token.
-    scratch = torch.empty(most, dtype=kind, device=device) if most else None
+def _dense(device: torch.device, kind: torch.dtype) -> Make:
+    return lambda rows, columns, size: torch.randn(rows, columns, dtype=kind, device=device).mul_(size)
 
-    def linear(rows: int, columns: int) -> Linear:
-        return PackedLinear(q4_k(rows, columns, device), None, scratch)
 
-    return linear
+def _packed(device: torch.device, kind: torch.dtype, most: int) -> Make:
+    scratch = torch.empty(most, dtype=kind, device=device)
+    return lambda rows, columns, size: Blocks(Packed(q4_k(rows, columns, size, device), FORMATS["Q4_K"]), scratch)
 
 
 def _unchanged(x: Tensor) -> Tensor:

@@ -122,9 +122,18 @@ def measure(bench: Bench) -> dict[str, object]:
 def attentive(transformer: Transformer) -> Transformer:
     """The same, changed so that a score depends on what single rows hold: random weights look at all rows alike."""
     for layer in transformer.layers:
-        layer.attn_q.weight.mul_(_SHARPER)
-        layer.attn_output.weight.mul_(_LOUDER)
+        layer.attn_q.numbers.mul_(_SHARPER)
+        layer.attn_output.numbers.mul_(_LOUDER)
     return transformer
+
+
+def _blocks(bench: Bench) -> float:
+    """A model whose weights stay Q4_K blocks, many tokens and then one, against their numbers on the processor."""
+    transformer = model.make(bench, "q4_k")
+    tokens = np.random.default_rng(2).integers(0, model.sizes(bench).vocabulary, _TOKENS).tolist()
+    with closing(BenchRuntime(transformer)) as ours:
+        theirs = TorchRuntime(model.copied(transformer, torch.device("cpu"), torch.float32))
+        return max(_error(ours.extend(some), theirs.extend(some)) for some in (tokens, [5], [6]))
 
 
 def _checks(bench: Bench, ours: BenchRuntime, theirs: TorchRuntime) -> list[tuple[str, Callable[[], float]]]:
@@ -139,7 +148,8 @@ def _checks(bench: Bench, ours: BenchRuntime, theirs: TorchRuntime) -> list[tupl
             (f"everything computed again, {kind}", pair.everything_again),
             (f"probe, {kind}", pair.probed),
         ]
-    return [("full prefill", pair.full), *checks, ("a recorded step", pair.recorded)]
+    recorded = ("a recorded step", pair.recorded)
+    return [("full prefill", pair.full), *checks, recorded, ("weights in blocks", lambda: _blocks(bench))]
 
 
 def _angles(runtime: TorchRuntime, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

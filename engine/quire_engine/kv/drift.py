@@ -6,15 +6,13 @@ weights a softmax as in attention (docs/decisions/selection.md has what each par
 it was read has not drifted. Knows nothing of how rows were computed.
 """
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from quire_engine import processes
 from quire_engine.kv import transfer
 from quire_engine.plan import StitchPlan
 from quire_engine.types import Float16, Float32, ModelShape
@@ -23,22 +21,13 @@ from quire_kernels import rope
 Rows = npt.NDArray[np.intp]
 
 
-@dataclass(frozen=True)
-class Share:
-    """How much of the estimated drift is taken back."""
-
-    keys: float
-    values: float
-
-
-WITHIN = Share(0.8, 0.5)  # where a layer is corrected before the recomputed tokens attend in it
-AFTER = Share(0.6, 0.3)  # where they have seen the uncorrected rows: what they show is less certain
+KEYS, VALUES = 0.8, 0.5  # how much of the estimated drift is taken back
 
 EVIDENCE_TOKENS = 8  # fewer recomputed tokens than this say too little
 LIKENESS = 6.0  # nats between a row that looks the same and one that has nothing in common
 _OWN_CHUNK = 2.0  # nats
 _NEAR_TOKENS = 30.0  # so much further away is one nat less
-_REACH_TOKENS = 256  # beyond it a weight would be below e^-8
+REACH_TOKENS = 256  # beyond it a weight would be below e^-8
 _BLOCK_ROWS = 128  # reused rows that share their candidates
 
 
@@ -61,14 +50,16 @@ class Neighbours:
     bias: Float32
 
     @classmethod
-    def of(cls, plan: StitchPlan) -> Self | None:
-        """None where too little is recomputed, or nothing could be corrected."""
+    def of(cls, plan: StitchPlan, since: int = 0, until: int | None = None) -> Self | None:
+        """None where too little is recomputed, or nothing could be corrected. since, until: the positions of the reused
+        rows that are asked about, all unless given."""
         prompt, first = plan.prompt, plan.spans[0].start
         start, stop = prompt.starts[1 + prompt.intact], prompt.context_tokens
         again = np.concatenate([np.arange(0), *(np.arange(span.start, span.stop) for span in plan.recomputed)])
         fresh = np.flatnonzero(again >= start)
         recomputed = (again[fresh] - start).astype(np.intp)
-        reused = np.setdiff1d(np.arange(stop - start), recomputed, assume_unique=True)
+        asked = np.arange(max(since - start, 0), (stop if until is None else until) - start)
+        reused = np.setdiff1d(asked, recomputed, assume_unique=True)
         if len(recomputed) < EVIDENCE_TOKENS or not len(reused):
             return None
         lengths = [len(chunk) for chunk in prompt.chunks[prompt.intact :]]
@@ -76,8 +67,8 @@ class Neighbours:
         count = -(-len(reused) // _BLOCK_ROWS)
         rows = min(_BLOCK_ROWS, len(reused))
         blocks = np.minimum(np.arange(count * rows), len(reused) - 1).reshape(count, rows)
-        low = np.searchsorted(recomputed, reused[blocks[:, 0]] - _REACH_TOKENS)
-        high = np.searchsorted(recomputed, reused[blocks[:, -1]] + _REACH_TOKENS, side="right")
+        low = np.searchsorted(recomputed, reused[blocks[:, 0]] - REACH_TOKENS)
+        high = np.searchsorted(recomputed, reused[blocks[:, -1]] + REACH_TOKENS, side="right")
         low = np.clip(low, 0, len(recomputed) - EVIDENCE_TOKENS)
         high = np.maximum(high, low + EVIDENCE_TOKENS)
         candidates = low[:, None] + np.arange((high - low).max())
@@ -107,46 +98,44 @@ class Neighbours:
         return found.reshape(-1, changed.shape[1])[: len(self.reused)]
 
 
-def correct(
-    plan: StitchPlan,
-    shape: ModelShape,
-    k_rot: Sequence[Float16],
-    v: Sequence[Float16],
-    fresh_k_rot: Sequence[Float16],
-    fresh_v: Sequence[Float16],
-    share: Share = AFTER,
-) -> None:
-    """Shifts the reused rows of a plan in all layers, in place.
+class Correction:
+    """Of a plan's rows in main memory, layer by layer. None of its arrays is changed; rows are float16
+    [rows, kv_heads * dim], keys rotated to their positions, row 0 the plan's first."""
 
-    k_rot, v: per layer [rows, kv_heads * dim], as stored, keys rotated to their positions; row 0 is the plan's first.
-    fresh_k_rot, fresh_v: per layer [recomputed, kv_heads * dim], in order of position.
-    """
-    near = Neighbours.of(plan)
-    if near is None:
-        return
-    first, stop = plan.spans[0].start, plan.prompt.context_tokens
-    cos, sin = (turn[near.isolated] for turn in transfer.angles(np.arange(first, stop), shape.rope))
-    reused, recomputed = near.isolated.start + near.reused, near.isolated.start + near.recomputed
+    def __init__(self, plan: StitchPlan, shape: ModelShape, near: Neighbours, likely: Float16) -> None:
+        """likely: the middle layer's stored keys."""
+        first, stop = plan.spans[0].start, plan.prompt.context_tokens
+        self._shape, self._near = shape, near
+        self._angles = transfer.angles(np.arange(first, stop), shape.rope)
+        self._reused, self._recomputed = near.isolated.start + near.reused, near.isolated.start + near.recomputed
+        rows = np.arange(near.isolated.start, near.isolated.stop)
+        self._weights = near.weights(self._turned(rope.unrotate, likely[near.isolated].astype(np.float32), rows))
 
-    def heads(k: Float16) -> Float32:
-        return k.astype(np.float32).reshape(len(k), shape.kv_heads, shape.key_dim)
+    @classmethod
+    def of(
+        cls, plan: StitchPlan, shape: ModelShape, likely: Float16, since: int = 0, until: int | None = None
+    ) -> Self | None:
+        """None where nothing can be corrected. since, until: as Neighbours.of has them."""
+        near = Neighbours.of(plan, since, until)
+        return cls(plan, shape, near, likely) if near else None
 
-    def unrotated(k: Float32, rows: Rows | slice) -> Float32:
-        return rope.unrotate(k, cos[rows], sin[rows], shape.rope.layout).reshape(len(k), -1)
+    def settled(self, kind: str, stored: Float16, fresh: Float16) -> Float16:
+        """A layer's keys ("k") or values ("v") as stored, the reused ones shifted. fresh: of all that the plan
+        recomputes, in order of position."""
+        changed = fresh[self._near.fresh].astype(np.float32) - stored[self._recomputed]
+        if kind == "k":
+            changed = np.float32(KEYS) * self._turned(rope.unrotate, changed, self._recomputed)
+            shift = self._turned(rope.rotate, self._near.drift(self._weights, changed), self._reused)
+        else:
+            shift = self._near.drift(self._weights, np.float32(VALUES) * changed)
+        rows = stored.copy()
+        rows[self._reused] = stored[self._reused] + shift
+        return rows
 
-    weights = near.weights(unrotated(heads(k_rot[middle(shape.layers)][near.isolated]), slice(None)))
-
-    def correct_layer(layer: int) -> None:
-        keys, values = k_rot[layer], v[layer]
-        changed = unrotated(heads(fresh_k_rot[layer][near.fresh]) - heads(keys[recomputed]), near.recomputed)
-        drift = near.drift(weights, np.float32(share.keys) * changed).reshape(-1, shape.kv_heads, shape.key_dim)
-        shift = rope.rotate(drift, cos[near.reused], sin[near.reused], shape.rope.layout)
-        keys[reused] = (heads(keys[reused]) + shift).reshape(len(reused), -1)
-        changed = fresh_v[layer][near.fresh].astype(np.float32) - values[recomputed]
-        values[reused] = values[reused] + near.drift(weights, np.float32(share.values) * changed)
-
-    with ThreadPoolExecutor(max_workers=processes.cores()) as pool:
-        list(pool.map(correct_layer, range(shape.layers)))
+    def _turned(self, turn: Callable[..., Float32], keys: Float32, rows: Rows) -> Float32:
+        cos, sin = (numbers[rows] for numbers in self._angles)
+        heads = keys.reshape(len(keys), self._shape.kv_heads, self._shape.key_dim)
+        return turn(heads, cos, sin, self._shape.rope.layout).reshape(keys.shape)
 
 
 def middle(layers: int) -> int:

@@ -15,6 +15,12 @@ from quire_engine.types import BitPlan, ChunkKV, Float16, ModelShape
 from quire_kernels.place import PackedTensor, Tensor, place_keys
 
 GROUP = 64  # tokens packed together: a whole number of any grid's groups
+_BITS = (6, 4)  # of keys and values: docs/decisions/live_window.md
+
+
+def usual_plan(layers: int) -> BitPlan:
+    """How precisely what leaves a window is packed, unless something else is asked for."""
+    return BitPlan.uniform(layers, *_BITS)
 
 
 @dataclass(frozen=True)

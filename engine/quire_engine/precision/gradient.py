@@ -58,7 +58,7 @@ def _with_leaves(layer: Layer) -> Layer:
     """The layer with the same numbers, of which gradients are asked for the key and value projections alone."""
 
     def leaf(linear: Linear) -> Linear:
-        return replace(linear, weight=linear.weight.detach().requires_grad_())
+        return replace(linear, weight=linear.numbers.detach().requires_grad_())
 
     return replace(layer, attn_k=leaf(layer.attn_k), attn_v=leaf(layer.attn_v))
 
@@ -66,7 +66,7 @@ def _with_leaves(layer: Layer) -> Layer:
 @torch.enable_grad()
 def _norms(model: Transformer, prompt: Sequence[int]) -> Float32:
     """Of one prompt: [keys and values, layers]."""
-    weights = [layer.attn_k.weight for layer in model.layers] + [layer.attn_v.weight for layer in model.layers]
+    weights = [layer.attn_k.numbers for layer in model.layers] + [layer.attn_v.numbers for layer in model.layers]
     gradients = torch.autograd.grad(loss(model, prompt), weights)
     norms: Float32 = torch.stack([gradient.norm() for gradient in gradients]).reshape(2, -1).numpy()
     return norms

@@ -6,8 +6,9 @@ final positions, before any of it was recomputed).
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from quire_engine.generate import Candidates
 from quire_engine.kv.transfer import Placement
 from quire_engine.plan import StitchPlan
 from quire_engine.types import Float16, Float32, ModelShape
@@ -19,7 +20,6 @@ class Runtime(Protocol):
     name: str
     shape: ModelShape
     tile_tokens: int  # tokens that are computed together: a few more than a multiple of it cost as much as all
-    span_tokens: int  # neighbours that are chosen together, because it pays per run of them; 1 where it does not
 
     @property
     def live_tokens(self) -> int:
@@ -67,3 +67,18 @@ class Runtime(Protocol):
 
     def abortable(self, should_stop: Callable[[], bool]) -> AbstractContextManager[None]:
         """Within the block, computations raise Aborted soon after should_stop() turns true; rewind afterwards."""
+
+
+@runtime_checkable
+class Picking(Protocol):
+    """What a runtime has beside where it computes on a device of its own: few numbers leave it for each token."""
+
+    def likeliest(self, tokens: Sequence[int], count: int) -> Candidates:
+        """As extend, but of the next token's scores the highest alone."""
+
+
+def likeliest(runtime: Runtime, tokens: Sequence[int], count: int) -> Candidates:
+    """Appends tokens to the live sequence; the likeliest next ones, picked by the runtime if it can."""
+    if isinstance(runtime, Picking):
+        return runtime.likeliest(tokens, count)
+    return Candidates.of(runtime.extend(tokens), count)

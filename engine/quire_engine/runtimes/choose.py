@@ -4,7 +4,6 @@ import shutil
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,7 +24,8 @@ _DEVICE_FILES = (
     "/dev/dxg",
 )  # of NVIDIA's and AMD's drivers, and Windows' for Linux in it
 BYTES_PER_WEIGHT = 2
-SHARE_FOR_WEIGHTS = 0.8  # of a device's free memory; the rest is for KV
+_SHARE_FOR_WEIGHTS = 0.8  # of a device's free memory; the rest is for KV
+_LEAST_REST_BYTES = 3 << 29  # without which torch_device refuses weights
 
 
 class Vocabulary(Protocol):
@@ -66,8 +66,8 @@ def choose(wish: str, model: Gguf) -> Choice:
     if reason := gguf.why_not_stitchable(model) or _why_not_read(model):
         return Choice(LLAMA_CPP, "", f"Runtime: llama.cpp. {reason}")
     found = device()
-    needed = BYTES_PER_WEIGHT * sum(prod(tensor.shape) for tensor in model.tensors.values())
-    fits = found is not None and needed <= SHARE_FOR_WEIGHTS * found.free_bytes
+    needed = _weight_bytes(model, found.keeps_blocks) if found else 0
+    fits = found is not None and needed <= room_for_weights(found.free_bytes)
     if found and (fits or wish == TORCH):
         return Choice(TORCH, "cuda", f"Runtime: PyTorch on {found.title}.")
     if wish == TORCH:
@@ -88,6 +88,17 @@ def device() -> "Device | None":
     return torch_device.find()
 
 
+def room_for_weights(free_bytes: int) -> float:
+    """How many bytes weights may take of a device's free memory."""
+    return min(_SHARE_FOR_WEIGHTS * free_bytes, free_bytes - _LEAST_REST_BYTES)
+
+
+def _weight_bytes(model: Gguf, blocks: bool) -> int:
+    from quire_engine.runtimes import weights
+
+    return weights.kept_bytes(model, BYTES_PER_WEIGHT, blocks)
+
+
 def _why_not_read(model: Gguf) -> str:
     if any("_exps." in name for name in model.tensors):
         return "The PyTorch runtime does not read mixtures of experts."
@@ -102,9 +113,15 @@ def vocabulary(model_file: Path) -> Vocabulary:
 
 
 def runtime(
-    model_file: Path, shape: ModelShape, threads: int, stitching: bool, choice: Choice = BY_LLAMA_CPP
+    model_file: Path,
+    shape: ModelShape,
+    threads: int,
+    stitching: bool,
+    choice: Choice = BY_LLAMA_CPP,
+    live_window: int = 0,
 ) -> Runtime:
-    """The runtime with the model's weights. stitching: whether stored KV will be used with it."""
+    """The runtime with the model's weights. stitching: whether stored KV will be used with it.  live_window: see
+    `TorchRuntime.load`; llama.cpp has none."""
     if choice.runtime == OPENAI:
         raise ModelError("This needs a model that computes on this computer.", "Say: quire --runtime llama.cpp ...")
     if choice.runtime == TORCH:
@@ -112,7 +129,7 @@ def runtime(
             from quire_engine.runtimes.torch_gpu import TorchRuntime
         except ImportError as error:
             raise _without_torch("The torch runtime needs", error) from error
-        return TorchRuntime.load(model_file, choice.device, threads)
+        return TorchRuntime.load(model_file, choice.device, threads, live_window)
     from quire_engine.runtimes.llama_context import LlamaModel
     from quire_engine.runtimes.llama_cpp import LlamaCppRuntime
 

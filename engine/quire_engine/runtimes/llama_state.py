@@ -62,7 +62,7 @@ def parse(blob: npt.NDArray[np.uint8], shape: ModelShape) -> SequenceState:
     try:
         return _parse(blob, shape)
     except (struct.error, ValueError, IndexError) as error:
-        raise _unexpected(f"{blob.size} bytes: {error}") from error
+        raise unexpected(f"{blob.size} bytes: {error}") from error
 
 
 def _parse(blob: npt.NDArray[np.uint8], shape: ModelShape) -> SequenceState:
@@ -71,23 +71,24 @@ def _parse(blob: npt.NDArray[np.uint8], shape: ModelShape) -> SequenceState:
     offset = _HEADER.size + meta.nbytes
     v_transposed, layers = _SECTION.unpack_from(blob.data, offset)
     if (streams, v_transposed, layers) != (1, 0, shape.layers):
-        raise _unexpected(f"streams {streams}, transposed V {v_transposed}, layers {layers}")
+        raise unexpected(f"streams {streams}, transposed V {v_transposed}, layers {layers}")
     offset += _SECTION.size
     views: list[Float16] = []
     for width in [shape.kv_heads * shape.key_dim] * layers + [shape.kv_heads * shape.value_dim] * layers:
         kind, row = _ROWS.unpack_from(blob.data, offset)
         if (kind, row) != (_F16, 2 * width):
-            raise _unexpected(f"row type {kind}, {row} bytes; expected float16, {2 * width}")
+            raise unexpected(f"row type {kind}, {row} bytes; expected float16, {2 * width}")
         offset += _ROWS.size
         rows = blob[offset : offset + cells * row]
         views.append(rows.view(np.float16).reshape(cells, width))
         offset += rows.nbytes
     if offset != blob.size:
-        raise _unexpected(f"{blob.size - offset} bytes too many")
+        raise unexpected(f"{blob.size - offset} bytes too many")
     return SequenceState(blob, meta["position"], tuple(views[:layers]), tuple(views[layers:]))
 
 
-def _unexpected(details: str) -> QuireError:
+def unexpected(details: str) -> QuireError:
+    """What the pinned version of llama.cpp does, the installed one does not."""
     return QuireError(
         "This build of llama.cpp lays out its KV differently, so stored KV cannot be used.",
         "Reinstall Quire with the llama-cpp-python version that it names.",

@@ -60,13 +60,20 @@ class Server:
     @property
     def statement(self) -> str:
         """What leaves this computer, in one plain sentence."""
+        return self._says("with every question the passages found for it and the conversation leave this computer")
+
+    @property
+    def statement_of_all(self) -> str:
+        """The same of a question for which every passage is read."""
+        return self._says("all these passages leave this computer with the question")
+
+    def _says(self, what_leaves: str) -> str:
+        if not self.host:
+            return "The setting runtime is openai, and no server is named."
         if self.is_this_computer:
             return f"Answers come from the server at {self.host}, on this computer."
         secret = "" if self.url.startswith("https://") else ", unencrypted"
-        return (
-            f"Answers come from {self.host}: with every question the passages found for it and the conversation"
-            f" leave this computer{secret}."
-        )
+        return f"Answers come from {self.host}: {what_leaves}{secret}."
 
     def checked(self) -> "Server":
         """Raises ModelError where no server was named."""
@@ -156,11 +163,12 @@ class Server:
             connection.close()
 
     def _refused(self, status: int, said: str) -> QuireError:
+        key = "Put its key into the environment variable QUIRE_OPENAI_KEY, and start Quire again."
         hint = {
-            401: "Put its key into the environment variable QUIRE_OPENAI_KEY.",
-            403: "Put its key into the environment variable QUIRE_OPENAI_KEY.",
+            401: key,
+            403: key,
             404: "Check openai_url, which often ends in /v1, and openai_model: quire config",
-            400: "It may hold less than this model does: ask with fewer passages (--context-tokens).",
+            400: "It may hold less than this model does. Ask with fewer passages (--context-tokens).",
         }.get(status, f"Try again later. {_HERE}")
         return QuireError(f"The server at {self.host} refused the question ({status}): {said}.", hint)
 
@@ -195,7 +203,7 @@ def _said(body: str) -> str:
     """What an error's body says, shortly."""
     try:
         told = json.loads(body)
-        error = told.get("error", told)
+        error = told.get("error", told.get("detail", told))  # FastAPI says detail
         text = str(error.get("message", error) if isinstance(error, dict) else error)
     except (ValueError, AttributeError):
         text = body

@@ -1,7 +1,8 @@
 """A decoder over KV buffers in PyTorch, on any device: the chosen tokens' hidden states alone go up the layers.
 
-Row p of a buffer is position p. Tokens at any positions are read together: every layer writes their keys and values to
-their rows first, then each attends to the rows up to its own, so that neighbours see one another as they are now.
+Row p of a buffer is position p, unless older ones are packed (`torch_window`). Tokens at any positions are read
+together: every layer writes their keys and values to their rows first, then each attends to the rows up to its own, so
+that neighbours see one another as they are now.
 Knows nothing of plans, chunks or files.
 """
 
@@ -18,8 +19,9 @@ from torch.nn.attention.bias import causal_lower_right
 
 from quire_engine.kv import transfer
 from quire_engine.runtimes.transformer import Transformer, turned
-from quire_engine.types import ModelShape
+from quire_engine.types import ModelShape, Rope
 from quire_kernels import device_attention, dispatch
+from quire_kernels.device_place import Angles
 
 _TILE = {"cpu": 128, "cuda": 1024}  # queries that attend together: they see the rows up to the last one's, no further
 
@@ -34,17 +36,54 @@ class KV:
             size = (cells, shape.kv_heads, dim)
             return [torch.zeros(size, device=device, dtype=dtype) for _ in range(shape.layers)]
 
+        self._shape = shape
         self.cells = cells
         self.k = empty(shape.key_dim)
         self.v = empty(shape.value_dim)
+        self.angles = angles_of(np.arange(cells), shape.rope, device)  # of all positions
 
-    def grow(self, cells: int, used: int) -> None:
-        """Makes it as large, layer by layer; the first `used` rows stay."""
+    @property
+    def room(self) -> int:
+        """Tokens that it holds at most."""
+        return self.cells
+
+    @property
+    def packed_tokens(self) -> int:
+        """So many positions before the latest ones have no row; the latest are so much further on than their rows."""
+        return 0
+
+    @property
+    def row_angles(self) -> Angles:
+        """Of the position that every row has when it is among the latest."""
+        return self.angles
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(rows.nbytes for rows in (*self.k, *self.v))
+
+    def lacking(self, tokens: int) -> int:
+        """What room for so many tokens takes beyond what there is, in rows."""
+        return max(0, tokens - self.cells)
+
+    def grow(self, tokens: int, used: int) -> None:
+        """Makes room for so many tokens, layer by layer; the first `used` stay."""
         for layers in (self.k, self.v):
             for index, old in enumerate(layers):
-                layers[index] = torch.zeros((cells, *old.shape[1:]), device=old.device, dtype=old.dtype)
+                layers[index] = torch.zeros((tokens, *old.shape[1:]), device=old.device, dtype=old.dtype)
                 layers[index][:used] = old[:used]
-        self.cells = cells
+        self.cells = tokens
+        if len(self.angles.cos) < tokens:
+            self.angles = angles_of(np.arange(tokens), self._shape.rope, self.k[0].device)
+
+    def rows(self, layer: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Rotated keys, and values, of positions 0..stop."""
+        return self.k[layer][:stop], self.v[layer][:stop]
+
+    def pack(self, tokens: int) -> None:
+        """Packs what is old, when there are so many tokens and nothing behind them."""
+
+    def rewind(self, tokens: int) -> None:
+        """Forgets the tokens behind the first so many."""
 
     def copy(self, rows: slice) -> tuple[list[Tensor], list[Tensor]]:
         """Of these rows in all layers."""
@@ -70,15 +109,16 @@ class Tile:
 class Places:
     """Ascending positions read together, with what every layer needs of them. cos, sin: [tokens, 1, dims/2].
 
-    positions: int32 [tokens], for the kernel that attends from scattered ones; where it runs there are no tiles.
+    rows: of the buffers.  stop: the position behind the last one.  positions: int32 [tokens], for the kernel that
+    attends from scattered ones; where it runs there are no tiles.
     """
 
     rows: Tensor | slice
     cos: Tensor
     sin: Tensor
     tiles: tuple[Tile, ...]
+    stop: int
     positions: Tensor | None = None
-    stop: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +134,7 @@ class Fresh:
 
 
 OnLayer = Callable[[Fresh], None]
+Gather = Callable[[Fresh], Tensor]
 
 
 class Decoder:
@@ -105,17 +146,18 @@ class Decoder:
         self.device, self.dtype = model.embedding.device, model.embedding.dtype
         self._check = check
 
-    def places(self, positions: Ints) -> Places:
-        """positions: ascending, each once."""
+    def places(self, positions: Ints, packed: int = 0) -> Places:
+        """positions: ascending, each once.  packed: of the buffers that they are read into, `KV.packed_tokens`."""
         cos, sin = self.angles(positions)
         first, last = int(positions[0]), int(positions[-1])
         contiguous = last - first + 1 == len(positions)
         on_device = torch.from_numpy(positions).to(self.device)
         if contiguous:
-            return Places(slice(first, last + 1), cos, sin, self._contiguous(positions, on_device))
+            rows = slice(first - packed, last + 1 - packed)
+            return Places(rows, cos, sin, self._contiguous(positions, on_device), last + 1)
         if self._has_kernel:
-            return Places(on_device, cos, sin, (), on_device.to(torch.int32), last + 1)
-        return Places(on_device, cos, sin, self._tiles(positions, on_device))
+            return Places(on_device - packed, cos, sin, (), last + 1, on_device.to(torch.int32))
+        return Places(on_device - packed, cos, sin, self._tiles(positions, on_device), last + 1)
 
     @cached_property
     def _has_kernel(self) -> bool:
@@ -141,8 +183,8 @@ class Decoder:
 
     def angles(self, positions: npt.ArrayLike) -> tuple[Tensor, Tensor]:
         """Cosines and sines [tokens, 1, dims/2], for all heads, in float32."""
-        cos, sin = transfer.angles(positions, self.shape.rope)
-        return (torch.from_numpy(cos).to(self.device)[:, None], torch.from_numpy(sin).to(self.device)[:, None])
+        found = angles_of(positions, self.shape.rope, self.device)
+        return found.cos[:, None], found.sin[:, None]
 
     def rotate(self, k_pre: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return turned(k_pre, cos, sin, self.shape.rope).to(k_pre.dtype)
@@ -160,11 +202,12 @@ class Decoder:
         layers: int | None = None,
         hidden: bool = True,
         ready: Callable[[int], None] | None = None,
+        gather: Gather | None = None,
     ) -> Tensor:
         """The tokens' rows into the first so many layers of the buffers; the last of these layers' output.
 
         hidden: without it the last layer only makes keys and values, and its input comes back.  ready: returns when
-        the rows of a layer that are there already may be used.
+        the rows of a layer that are there already may be used.  gather: attends in place of `attend`.
         """
         ids = torch.as_tensor(tokens, device=self.device)
         x = self.model.embedding[ids]
@@ -180,7 +223,8 @@ class Decoder:
             _write(fresh.v, kv.v[index], places.rows)
             if hidden or index < last:
                 layer = self.model.layers[index]
-                x = x + layer.attn_output(attend(fresh.q_rot, kv.k[index], kv.v[index], places).flatten(-2))
+                seen = gather(fresh) if gather else attend(fresh.q_rot, *kv.rows(index, places.stop), places)
+                x = x + layer.attn_output(seen.flatten(-2))
                 x = x + layer.feed_forward(x)
         return x
 
@@ -192,6 +236,12 @@ class Decoder:
         q, k_pre, v = self.model.layers[index].projections(x, self.shape)
         q_rot, k_rot = (self.rotate(heads, places.cos, places.sin) for heads in (q, k_pre))
         return Fresh(index, places, q_rot, k_pre, k_rot, v)
+
+
+def angles_of(positions: npt.ArrayLike, rope: Rope, device: torch.device) -> Angles:
+    """Cosines and sines [positions, dims/2] on a device."""
+    cos, sin = transfer.angles(positions, rope)
+    return Angles(torch.from_numpy(cos).to(device), torch.from_numpy(sin).to(device), rope.layout)
 
 
 def attend(q_rot: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:

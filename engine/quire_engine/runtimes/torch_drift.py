@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quire_engine.kv import drift
-from quire_engine.kv.drift import WITHIN, Neighbours
+from quire_engine.kv.drift import Neighbours
 from quire_engine.plan import StitchPlan
 from quire_engine.runtimes.torch_decoder import KV, Decoder, Fresh
 from quire_engine.types import Float32
@@ -23,13 +23,14 @@ class DriftCorrection:
     The middle layer's have to be there when it is made."""
 
     def __init__(self, decoder: Decoder, kv: KV, first: int, near: Neighbours) -> None:
-        """first: the buffers' row that is the plan's first."""
+        """first: the plan's first position."""
         self._decoder, self._kv = decoder, kv
-        self._isolated = slice(first + near.isolated.start, first + near.isolated.stop)
+        row = first - kv.packed_tokens
+        self._isolated = slice(row + near.isolated.start, row + near.isolated.stop)
         self._reused, self._recomputed, self._fresh, self._blocks, self._candidates = (
             self._on_device(rows) for rows in (near.reused, near.recomputed, near.fresh, near.blocks, near.candidates)
         )
-        self._cos, self._sin = decoder.angles(np.arange(self._isolated.start, self._isolated.stop))
+        self._cos, self._sin = decoder.angles(np.arange(first + near.isolated.start, first + near.isolated.stop))
         likely = kv.k[drift.middle(decoder.shape.layers)][self._isolated]
         self._weights = self._alike(decoder.unrotate(likely, self._cos, self._sin).flatten(1), near.bias)
 
@@ -46,11 +47,11 @@ class DriftCorrection:
         values = self._kv.v[fresh.layer][self._isolated]
         turn = cos[self._recomputed], sin[self._recomputed]
         changed = fresh.k_pre[self._fresh].float() - decoder.unrotate(keys[self._recomputed], *turn)
-        shift = self._drift(WITHIN.keys * changed)
+        shift = self._drift(drift.KEYS * changed)
         shift = decoder.rotate(shift, cos[self._reused], sin[self._reused])
         keys.index_add_(0, self._reused, shift.to(keys.dtype))
         changed = fresh.v[self._fresh].float() - values[self._recomputed].float()
-        shift = self._drift(WITHIN.values * changed)
+        shift = self._drift(drift.VALUES * changed)
         values.index_add_(0, self._reused, shift.to(values.dtype))
 
     def _alike(self, stored: Tensor, bias: Float32) -> Tensor:

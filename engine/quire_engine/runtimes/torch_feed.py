@@ -134,7 +134,8 @@ class HostPlacer:
         except DamagedChunk:
             return False
         for out, rows in ((self._kv.k[layer], k), (self._kv.v[layer], v)):
-            out[placement.position : placement.stop] = torch.from_numpy(rows).view(tokens, *out.shape[1:])
+            first = placement.position - self._kv.packed_tokens
+            out[first : first + tokens] = torch.from_numpy(rows).view(tokens, *out.shape[1:])
         return True
 
     def wait(self, layer: int) -> None:
@@ -181,7 +182,8 @@ class DevicePlacer:
         self._layouts: dict[object, _Layout] = {}
         layers = range(len(kv.k))
         slots.make_room(max(sum(_padded(_layer_bytes(p, layer)) for p in placements) for layer in layers))
-        to = np.concatenate([p.position + p.chunk.order.astype(np.int32) for p in placements])
+        packed = kv.packed_tokens
+        to = np.concatenate([p.position - packed + p.chunk.order.astype(np.int32) for p in placements])
         self._rows = torch.from_numpy(to).to(kv.k[0].device)
         self._placed: list[torch.cuda.Event] = []
         if slots.stream is not None:

@@ -7,7 +7,8 @@
 
 It gives llama.cpp's logits and shares its KV: keys are handed out before RoPE, in GGUF's own channel order. A token at
 position p sees the keys at positions 0..p, wherever they come from and in whatever order they lie. Clarity comes before
-speed; every weight takes four bytes. Knows nothing of tokenizing, chunks, files of KV or plans.
+speed; every weight takes four bytes, unless blocks are asked for. Knows nothing of tokenizing, chunks, files of KV or
+plans.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,15 +19,12 @@ from typing import Protocol, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 from torch import Tensor
 from torch.nn import functional
 
 from quire_engine import gguf
-from quire_engine.errors import ModelError
-from quire_engine.gguf import Gguf
 from quire_engine.kv import transfer
+from quire_engine.runtimes.weights import Blocks, Matrix, Weights, numbers
 from quire_engine.types import Float16, Float32, ModelShape, Rope
 
 Array = Tensor | npt.NDArray[np.floating]
@@ -94,11 +92,19 @@ class Reading:
 
 @dataclass(frozen=True)
 class Linear:
-    weight: Tensor  # [out, in]
+    weight: Matrix  # [out, in]
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight, self.bias)
+        if not isinstance(self.weight, Blocks):
+            return functional.linear(x, self.weight, self.bias)
+        y = self.weight.times(x)
+        return y if self.bias is None else y + self.bias
+
+    @property
+    def numbers(self) -> Tensor:
+        """Of the weight, whatever it is kept as."""
+        return numbers(self.weight)
 
 
 @dataclass(frozen=True)
@@ -149,28 +155,35 @@ class Layer:
 @dataclass(frozen=True)
 class Transformer:
     shape: ModelShape
-    embedding: Tensor  # [vocabulary, width]
+    embedding: Matrix  # [vocabulary, width]
     layers: tuple[Layer, ...]
     output_norm: Norm
     output: Linear
 
     @classmethod
-    def load(cls, path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
-        """All weights, as numbers of one type. Raises ModelError for a file or an architecture that cannot be read.
+    def load(
+        cls,
+        path: Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        packed: bool = False,
+    ) -> Self:
+        """All weights, as numbers of one type; packed: matrices as the file's blocks where the kernels know them.
 
         What stands below reads and attends in float32 on the CPU; other devices and types are for runtimes that take
-        the weights alone.
+        the weights alone.  Raises ModelError for a file or an architecture that cannot be read.
         """
         header = gguf.read(path)
-        weights = _Weights(header, torch.device(device), dtype)
+        weights = Weights(header, torch.device(device), dtype, packed)
         shape = gguf.shape(header)
-        embedding = weights.tensor("token_embd.weight")
+        build = _Builder(weights, header.number("attention.layer_norm_rms_epsilon", 1e-5))
+        embedding = weights.matrix("token_embd.weight")
         model = cls(
             shape,
             embedding,
-            tuple(_layer(weights, f"blk.{index}") for index in range(shape.layers)),
-            weights.norm("output_norm"),
-            weights.linear("output") if "output.weight" in header.tensors else Linear(embedding, None),
+            tuple(build.layer(f"blk.{index}") for index in range(shape.layers)),
+            build.norm("output_norm"),
+            build.linear("output") if weights.has("output.weight") else Linear(embedding, None),
         )
         weights.refuse_unread()
         return model
@@ -290,71 +303,36 @@ def _tensor(x: Array) -> Tensor:
     return torch.as_tensor(x, dtype=torch.float32)
 
 
-# Weights
+@dataclass(frozen=True)
+class _Builder:
+    """Makes parts of the decoder from weights, by llama.cpp's names."""
 
+    weights: Weights
+    epsilon: float
 
-class _Weights:
-    """The tensors of a GGUF file, dequantised one at a time; remembers which were asked for."""
-
-    def __init__(self, header: Gguf, device: torch.device, dtype: torch.dtype) -> None:
-        if reason := gguf.why_not_stitchable(header):
-            raise ModelError(reason, "The PyTorch decoder reads Llama, Qwen2 and Qwen3 models.")
-        self._header = header
-        self._device, self._dtype = device, dtype
-        self._bytes = np.memmap(header.path, np.uint8, mode="r")
-        self._unread = set(header.tensors) - {"rope_freqs.weight"}  # is part of the shape
-
-    def tensor(self, name: str) -> Tensor:
-        """In GGUF's own row order. Raises ModelError when it is missing, cut off, or of an unknown type."""
-        try:
-            entry = self._header.tensors[name]
-            kind = GGMLQuantizationType(entry.ggml_type)
-            block, block_bytes = GGML_QUANT_SIZES[kind]
-            columns, rows = entry.shape[0], int(np.prod(entry.shape[1:]))
-            row_bytes = columns // block * block_bytes
-            raw = self._bytes[entry.offset : entry.offset + rows * row_bytes].reshape(rows, row_bytes)
-            numbers = np.array(dequantize(raw, kind), np.float32)
-        except (KeyError, ValueError, NotImplementedError) as error:
-            raise ModelError(
-                f"The weights {name} of {self._header.path} cannot be read.",
-                "The file may be damaged or incomplete; otherwise try another quantisation of the model.",
-                repr(error),
-            ) from error
-        self._unread.discard(name)
-        return torch.from_numpy(numbers.reshape(entry.shape[::-1])).to(self._device, self._dtype)
+    def layer(self, block: str) -> Layer:
+        return Layer(
+            self.norm(f"{block}.attn_norm"),
+            self.linear(f"{block}.attn_q"),
+            self.linear(f"{block}.attn_k"),
+            self.linear(f"{block}.attn_v"),
+            self._norm_if_any(f"{block}.attn_q_norm"),
+            self._norm_if_any(f"{block}.attn_k_norm"),
+            self.linear(f"{block}.attn_output"),
+            self.norm(f"{block}.ffn_norm"),
+            self.linear(f"{block}.ffn_gate"),
+            self.linear(f"{block}.ffn_up"),
+            self.linear(f"{block}.ffn_down"),
+        )
 
     def linear(self, name: str) -> Linear:
-        has_bias = f"{name}.bias" in self._header.tensors
-        return Linear(self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias") if has_bias else None)
+        bias = f"{name}.bias"
+        return Linear(
+            self.weights.matrix(f"{name}.weight"), self.weights.tensor(bias) if self.weights.has(bias) else None
+        )
 
     def norm(self, name: str) -> Norm:
-        epsilon = self._header.number("attention.layer_norm_rms_epsilon", 1e-5)
-        return Norm(self.tensor(f"{name}.weight"), epsilon)
+        return Norm(self.weights.tensor(f"{name}.weight"), self.epsilon)
 
-    def norm_if_any(self, name: str) -> Callable[[Tensor], Tensor]:
-        return self.norm(name) if f"{name}.weight" in self._header.tensors else _unchanged
-
-    def refuse_unread(self) -> None:
-        """Raises ModelError for weights that this decoder has no use for: experts, for instance."""
-        if self._unread:
-            some = ", ".join(sorted(self._unread)[:3])
-            raise ModelError(
-                f"{self._header.name} has parts that the PyTorch decoder does not know: {some}.",
-                "Answers by llama.cpp are not affected; precision plans and the torch runtime need this decoder.",
-            )
-
-
-def _layer(weights: _Weights, block: str) -> Layer:
-    return Layer(
-        weights.norm(f"{block}.attn_norm"),
-        weights.linear(f"{block}.attn_q"),
-        weights.linear(f"{block}.attn_k"),
-        weights.linear(f"{block}.attn_v"),
-        weights.norm_if_any(f"{block}.attn_q_norm"),
-        weights.norm_if_any(f"{block}.attn_k_norm"),
-        weights.linear(f"{block}.attn_output"),
-        weights.norm(f"{block}.ffn_norm"),
-        weights.linear(f"{block}.ffn_gate"),
-        weights.linear(f"{block}.ffn_up"),
-        weights.linear(f"{block}.ffn_down"),
-    )
+    def _norm_if_any(self, name: str) -> Callable[[Tensor], Tensor]:
+        return self.norm(name) if self.weights.has(f"{name}.weight") else _unchanged

@@ -3,8 +3,8 @@ per token.
 
 "first+3*probe*early" spends a quarter of the budget on the beginnings of the chunks and three where the question looks,
 rather early in a chunk than late; "probe*sensitivity" multiplies the question's attention with the chunk's stored
-sensitivity; "spectral:0.3" is the frequency rule with three tenths of the frequencies in place of half. Chosen tokens
-come in short spans where a runtime pays per span. Knows nothing of how scores were measured.
+sensitivity; "spectral:0.3" is the frequency rule with three tenths of the frequencies in place of half. Knows nothing
+of how scores were measured.
 """
 
 import re
@@ -20,7 +20,6 @@ from quire_engine.selection import spectral
 from quire_engine.types import Float32
 
 DEFAULT = "first+3*probe*early"
-SPAN_TOKENS = 16
 _SHARES = re.compile(r"[1-9][0-9]?")
 
 
@@ -88,24 +87,15 @@ class Rule:
             product = product * (_FACTORS[factor](evidence) if factor in _FACTORS else evidence.stored[factor])
         return product
 
-    def spans(self, chunks: Sequence[Evidence], length: int = SPAN_TOKENS) -> list[tuple[int, int]]:
-        """All spans of so many tokens as (chunk, first token), the most worthwhile first.
-
-        A rule that knows the prompt spends its budget where it matters there; one that does not, evenly.
-        """
-        worth = []
-        for number, chunk in enumerate(chunks):
-            scores = self.scores(chunk)
-            starts = range(0, chunk.tokens, length)
-            means = [float(scores[start : start + length].mean()) for start in starts]
-            if not self.knows_prompt:  # worth by rank, so that equal shares of all chunks are worth the same
-                before = 0
-                for span in sorted(range(len(means)), key=lambda span: -means[span]):
-                    tokens = min(length, chunk.tokens - span * length)
-                    means[span] = -(before + tokens / 2) / chunk.tokens
-                    before += tokens
-            worth += [(mean, number, start) for mean, start in zip(means, starts, strict=True)]
-        return [(number, start) for _, number, start in sorted(worth, key=lambda span: -span[0])]
+    def worth(self, chunk: Evidence) -> Float32:
+        """Scores that can be compared between chunks: a rule that knows the prompt spends its budget where it matters
+        there; one that does not, evenly, so that a token is worth its place among its chunk's."""
+        scores = self.scores(chunk)
+        if self.knows_prompt:
+            return scores
+        places = np.empty(chunk.tokens, dtype=np.float32)
+        places[np.argsort(-scores, kind="stable")] = np.arange(chunk.tokens)
+        return -(places + np.float32(0.5)) / np.float32(chunk.tokens)
 
 
 @dataclass(frozen=True)
@@ -168,24 +158,22 @@ def _factor(name: str) -> str:
         ) from None
 
 
-def choose(
-    selector: Selector, chunks: Sequence[Evidence], ratio: float, tile: int = 1, span: int = SPAN_TOKENS
-) -> list[Mask]:
-    """One mask per chunk of the tokens to recompute, `ratio` of all of them, in spans of so many.
+def choose(selector: Selector, chunks: Sequence[Evidence], ratio: float, tile: int = 1) -> list[Mask]:
+    """One mask per chunk of the tokens to recompute, `ratio` of all of them.
 
     tile: tokens that the runtime computes together; the budget is rounded to whole tiles, since it pays for them.
     """
-    masks = [np.zeros(chunk.tokens, dtype=bool) for chunk in chunks]
-    total = sum(chunk.tokens for chunk in chunks)
+    ends = list(accumulate(chunk.tokens for chunk in chunks))
+    total = ends[-1] if ends else 0
+    chosen, left = np.zeros(total, dtype=bool), np.ones(total, dtype=bool)
+    if ratio < 1 and selector.knows_prompt:
+        left = np.repeat([not chunk.intact for chunk in chunks], [chunk.tokens for chunk in chunks])
     budget = min(round(ratio * total / tile) * tile, total) if ratio < 1 else total
     shares = accumulate(rule.shares for rule in selector.rules)
     all_shares = sum(rule.shares for rule in selector.rules)
     for rule, until_here in zip(selector.rules, shares, strict=True):
-        share = budget * until_here // all_shares - sum(int(mask.sum()) for mask in masks)
-        for chunk, start in rule.spans(chunks, span):
-            if ratio < 1 and chunks[chunk].intact and selector.knows_prompt:
-                continue
-            still = start + np.flatnonzero(~masks[chunk][start : start + span])[:share]
-            masks[chunk][still] = True
-            share -= len(still)
-    return masks
+        worth = np.concatenate([np.zeros(0, np.float32), *map(rule.worth, chunks)])
+        order = np.argsort(-worth, kind="stable")
+        taken = order[left[order]][: budget * until_here // all_shares - int(chosen.sum())]
+        chosen[taken], left[taken] = True, False
+    return np.split(chosen, ends[:-1])
