@@ -136,6 +136,7 @@ def _pairs(text: str) -> frozenset[str]:
 def _nearly_same(one: frozenset[str], other: frozenset[str]) -> bool:
     if min(len(one), len(other)) < _NEARLY_SAME * max(len(one), len(other)):
         return False
-    if len(one & other) < _NEARLY_SAME * len(one | other):
+    common = len(one & other)
+    if common < _NEARLY_SAME * (len(one) + len(other) - common):
         return False
     return not any(character.isdigit() for pair in one ^ other for character in pair)

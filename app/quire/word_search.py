@@ -106,7 +106,7 @@ class _Search:
         found = "SELECT rowid FROM words WHERE words MATCH ? AND rowid BETWEEN ? AND ? LIMIT ?"
         sql = f"SELECT count(*), max(rowid) FROM ({found})"
         [(count, last)] = self._rows(sql, [match, *self._range, _MOST_SCORED + 1])
-        return count if count <= _MOST_SCORED else count * self._total // (last - self._range[0] + 1)
+        return int(count if count <= _MOST_SCORED else count * self._total // (last - self._range[0] + 1))
 
     def _scored(self, match: str) -> dict[int, float]:
         sql = (

@@ -21,7 +21,7 @@ from quire_engine.runtimes import choose, torch_device, weights
 from quire_engine.runtimes.torch_gpu import TorchRuntime
 from quire_engine.runtimes.transformer import Layer, Linear, Norm, Transformer
 from quire_engine.runtimes.weights import Blocks
-from quire_kernels import device_weights, dispatch, triton_gguf
+from quire_kernels import dispatch, triton_gguf
 from quire_kernels.device_weights import FORMATS, BlockFormat, Packed
 from stitching import (
     PASSAGES,
@@ -120,7 +120,7 @@ def test_the_kernels_in_their_place(quantised: Callable[[str], Path], monkeypatc
     model = Transformer.load(quantised("Q4_K_M"), packed=True)
     expected = scores_of(model, (7,))
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
-    monkeypatch.setattr(device_weights.functional, "linear", None)
+    monkeypatch.setattr("quire_kernels.device_weights.functional.linear", None)
     np.testing.assert_allclose(scores_of(model, (7,)), expected, atol=1e-3)
 
 
