@@ -15,6 +15,7 @@ from quire.session import Session
 from quire_engine import costs
 from quire_engine.engine import Engine, EngineSettings, Request
 from quire_engine.prompt import Wording
+from quire_engine.runtimes import choose
 from quire_engine.selection import quality
 from quire_engine.selection.quality import Curve
 from quire_engine.selection.ratio import Tuned
@@ -95,6 +96,14 @@ def test_the_dial_takes_what_the_models_curve_says(tiny: Tiny, tmp_path: Path) -
     assert model.ratio("balanced", "first") == pytest.approx(0.2)
     assert model.ratio("balanced", "random") == quality.USUAL_RATIOS["balanced"]
     assert model.ratio("exact", "first") == 1.0
+
+
+@pytest.mark.parametrize("runtime", [choose.LLAMA_CPP, choose.TORCH])
+def test_the_model_that_comes_along_has_measured_curves(runtime: str) -> None:
+    with Session(config.load({"runtime": runtime})) as session:
+        ratios = [session.engine.ratio(dial) for dial in quality.TARGETS]
+        assert ratios == sorted(ratios)
+        assert ratios != list(quality.USUAL_RATIOS.values())
 
 
 def test_ratio_shows_the_curve_of_every_pool_and_keeps_what_it_found(tiny: Tiny) -> None:
