@@ -5,7 +5,7 @@ is stored, which model runs, or what becomes of the passages.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,14 +85,15 @@ def index_roots(
     chunker_signature: str,
     settings: Settings,
     progress: Callable[[IndexProgress], None],
+    on_new: Callable[[Collection[str]], object] = lambda chunks: None,
 ) -> IndexReport:
     """Brings the index up to date with these folders and files: what was added, or any path below it.
 
     chunker_signature: names the tokenizer behind count_tokens; documents cut under another one, another chunk
-    size or other rules are cut again.
+    size or other rules are cut again.  on_new: is told, file by file, the ids of chunks that the index did not have.
     """
     with Parser() as parser:
-        return _Pass(library, count_tokens, chunker_signature, settings, parser).run(list(roots), progress)
+        return _Pass(library, count_tokens, chunker_signature, settings, parser, on_new).run(list(roots), progress)
 
 
 class _Pass:
@@ -105,12 +106,14 @@ class _Pass:
         tokenizer: str,
         settings: Settings,
         parser: Parser,
+        on_new: Callable[[Collection[str]], object],
     ) -> None:
         self._library = library
         self._count_tokens = count_tokens
         self._tokenizer = tokenizer
         self._settings = settings
         self._parser = parser
+        self._on_new = on_new
         self._roots = library.roots()
         self._rules = {root: Rules(root, settings.include) for root in self._roots}
         self._known = {document.path: document for document in library.documents()}
@@ -199,6 +202,7 @@ class _Pass:
             ),
             passages,
         )
+        self._on_new(new)
         kind: ChangeKind = "changed" if known and known.state == "indexed" else "added"
         if known and kind == "changed" and known.sha256 == file.sha256:
             kind = "cut anew"  # as another model wants it

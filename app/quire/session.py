@@ -101,10 +101,11 @@ class Session:
     # Folders
 
     def index(self, roots: Sequence[Path], progress: Callable[[IndexProgress], None]) -> IndexReport:
-        """Makes the text of folders and files searchable."""
-        engine = self.engine
+        """Makes the text of folders and files searchable, and notes the addresses of passages while their tokens are at
+        hand."""
+        engine, note = self.engine, self.shelf.note
         settings = replace(self.settings, chunk_tokens=engine.limits.chunk_tokens)
-        return index_roots(self.library, roots, engine.count_tokens, engine.tokenizer_id, settings, progress)
+        return index_roots(self.library, roots, engine.count_tokens, engine.tokenizer_id, settings, progress, note)
 
     def cache(self, progress: Callable[[CacheProgress], None], should_stop: Callable[[], bool]) -> CacheProgress:
         """Stores the KV of every chunk in the library that is not stored yet, as far as the disk budget goes; before

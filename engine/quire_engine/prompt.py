@@ -6,6 +6,7 @@ ours (documents, questions, answers) never becomes a control token. Knows nothin
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import cycle
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from quire_engine.words import Words
 
 # Stand-ins that no template or text contains.
 _DOCUMENTS, _QUESTION, _ANSWER = "\x1adocuments\x1a", "\x1aquestion\x1a", "\x1aanswer\x1a"
+_REMEMBERED = 1024  # passages, some 10 MB: each is counted, addressed and laid out one after the other
 
 
 class Tokenizer(Protocol):
@@ -43,7 +45,7 @@ class PromptWriter:
 
     def __init__(self, tokenizer: Tokenizer, template: str, wording: Wording) -> None:
         self._tokenizer = tokenizer
-        self._words = Words(tokenizer)
+        self._tokens = lru_cache(_REMEMBERED)(Words(tokenizer).tokenize)
         self._wording = wording
         head, between, tail = _frame(template, wording)
         self.preamble = tuple(tokenizer.tokenize(head, special=True, start=True))
@@ -58,7 +60,7 @@ class PromptWriter:
 
     def chunk(self, text: str) -> tuple[int, ...]:
         """A passage as it stands in every prompt: the blank line after it belongs to it."""
-        return self._words.tokenize(text.strip() + "\n\n")
+        return self._tokens(text.strip() + "\n\n")
 
     def bridge(self, documents: bool) -> tuple[int, ...]:
         """From an answer to the next turn's passages, or to its question when it brings none."""

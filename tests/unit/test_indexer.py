@@ -221,6 +221,28 @@ def test_progress_counts_up_to_all_files(folder: Folder) -> None:
     assert [(p.done, p.total, p.path.name) for p in seen] == [(i + 1, 5, f"{i}.md") for i in range(5)]
 
 
+def test_new_chunks_are_told_file_by_file(folder: Folder) -> None:
+    told: list[frozenset[str]] = []
+
+    def index() -> list[frozenset[str]]:
+        told.clear()
+        index_roots(
+            folder.library, [folder.root], len, "t", SETTINGS, lambda _: None, lambda new: told.append(frozenset(new))
+        )
+        return list(told)
+
+    folder.write("a.md", prose(1))
+    folder.write("b.md", prose(2))
+    first = index()
+    assert [bool(new) for new in first] == [True, True]
+    assert frozenset().union(*first) == folder.library.tokens().keys()
+    assert index() == []
+    folder.write("b.md", prose(2) + "\n\nOne more.")
+    [new] = index()
+    assert new
+    assert new.isdisjoint(frozenset().union(*first))
+
+
 # Named paths
 
 

@@ -166,6 +166,15 @@ def test_an_address_is_found_once(place: Place) -> None:
     assert place.engine.addressed == 301
 
 
+def test_addresses_noted_while_files_are_read_are_not_found_again(place: Place) -> None:
+    place.add("/d/a.md", *names("a", 3))
+    noted = place.shelf.note(place.library.tokens())
+    assert noted == {chunk.id: address(chunk.text) for chunk in place.library.all_chunks()}
+    place.shelf.refresh()
+    assert place.engine.addressed == 3
+    assert len(place.shelf.waiting) == 3
+
+
 def test_another_model_has_addresses_of_its_own(place: Place, tmp_path: Path) -> None:
     place.add("/d/a.md", "a")
     place.cache()

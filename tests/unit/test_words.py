@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quire import config
 from quire.config_values import BUNDLED
 from quire.model_files import model_file
+from quire.session import Session
 from quire_engine.runtimes import choose
 from quire_engine.runtimes.choose import Vocabulary
 from quire_engine.words import Words
@@ -59,6 +61,25 @@ def test_a_vocabulary_that_merges_across_words_is_given_whole_texts() -> None:
     before = whole.calls
     assert words.tokenize("of the lamp of the keeper") == tuple(AcrossWords().tokenize("of the lamp of the keeper"))
     assert whole.calls == before + 1
+
+
+def test_reading_a_folder_notes_addresses_with_the_tokens_it_has_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tower.md").write_text("# Tower\n\nThe keeper lit the lamp of the harbour.\n", encoding="utf-8")
+    with Session(config.load({})) as session:
+        engine, tokenized, tokenize = session.engine, list[str](), Words.tokenize
+
+        def noticed(words: Words, text: str) -> tuple[int, ...]:
+            tokenized.append(text)
+            return tokenize(words, text)
+
+        monkeypatch.setattr(Words, "tokenize", noticed)
+        session.index([session.library.add_root(tmp_path)], lambda _: None)
+        assert len(tokenized) == len(set(tokenized))
+        texts = {chunk.id: chunk.text for chunk in session.library.all_chunks()}
+        noted = session.library.addresses(engine.chunks.store.root.name)
+        assert noted == {chunk: engine.address(text) for chunk, text in texts.items()}
 
 
 class AcrossWords:
