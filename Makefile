@@ -12,9 +12,10 @@ demo: install
 	$(DEMO) ask "How many litres does the barrel behind the shed hold?"
 	$(DEMO) ask "Who ground the mirror of the telescope?"
 
-# Files of tests side by side, each on a core that few others share (tests/conftest.py).
+# Files of tests side by side, each on a core that few others share (tests/conftest.py), in their order: what takes long
+# with few tests does not come last and alone.
 test: install
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # Kernels against their specifications, interpreted, and compiled for devices that are not here. On a graphics device:
 # TRITON_INTERPRET=0 make test-kernels
