@@ -5,7 +5,7 @@ is stored, which model runs, or what becomes of the passages.
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,12 +85,13 @@ def index_roots(
     chunker_signature: str,
     settings: Settings,
     progress: Callable[[IndexProgress], None],
-    on_new: Callable[[Collection[str]], object] = lambda chunks: None,
+    on_new: Callable[[Mapping[str, str]], object] = lambda texts: None,
 ) -> IndexReport:
     """Brings the index up to date with these folders and files: what was added, or any path below it.
 
     chunker_signature: names the tokenizer behind count_tokens; documents cut under another one, another chunk
-    size or other rules are cut again.  on_new: is told, file by file, the ids of chunks that the index did not have.
+    size or other rules are cut again.  on_new: is given, file by file, the texts of chunks that the index did not have,
+    by their ids.
     """
     with Parser() as parser:
         return _Pass(library, count_tokens, chunker_signature, settings, parser, on_new).run(list(roots), progress)
@@ -106,7 +107,7 @@ class _Pass:
         tokenizer: str,
         settings: Settings,
         parser: Parser,
-        on_new: Callable[[Collection[str]], object],
+        on_new: Callable[[Mapping[str, str]], object],
     ) -> None:
         self._library = library
         self._count_tokens = count_tokens
@@ -202,17 +203,18 @@ class _Pass:
             ),
             passages,
         )
-        self._on_new(new)
+        chunks = {p.chunk_id: p for p in passages}
+        if new:
+            self._on_new({chunk: chunks[chunk].text for chunk in new})
         kind: ChangeKind = "changed" if known and known.state == "indexed" else "added"
         if known and kind == "changed" and known.sha256 == file.sha256:
             kind = "cut anew"  # as another model wants it
         if kind == "added" and self._origins.get(file.sha256):
             self._origins[file.sha256].pop(0)
             kind = "moved"
-        tokens = {p.chunk_id: p.tokens for p in passages}
-        tokens_new = sum(tokens[chunk] for chunk in new)
+        tokens_new = sum(chunks[chunk].tokens for chunk in new)
         ids = new if kind == "changed" else frozenset[str]()
-        self._changes.append(Change(file.path, kind, len(new), len(tokens), tokens_new, ids))
+        self._changes.append(Change(file.path, kind, len(new), len(chunks), tokens_new, ids))
 
     def _cut(self, file: File, waiting: Callable[[], None]) -> list[Passage]:
         document: Document = document_of(file, self._parser, waiting)

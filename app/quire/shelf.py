@@ -135,16 +135,16 @@ class Shelf:
         total, left = sum(self.tokens.values()), sum(self.waiting.values())
         return CacheProgress(len(self.tokens) - len(self.waiting), len(self.tokens), total - left, total)
 
-    def note(self, chunks: Collection[str]) -> Mapping[str, str]:
-        """Finds the addresses of passages, and keeps them in the index: once for every passage and model."""
-        found = {chunk: self._engine.address(text) for chunk, text in self._library.texts(list(chunks)).items()}
+    def note(self, texts: Mapping[str, str]) -> Mapping[str, str]:
+        """Finds the addresses of passages, by id, and keeps them in the index: once for every passage and model."""
+        found = {chunk: self._engine.address(text) for chunk, text in texts.items()}
         self._library.note_addresses(self._store.root.name, found)
         return found
 
     def _all_addresses(self, between: Callable[[], None]) -> Mapping[str, str]:
         known = self._library.addresses(self._store.root.name)
         for some in batched((chunk for chunk in self.tokens if chunk not in known), _ADDRESSES_AT_ONCE):
-            known |= self.note(some)
+            known |= self.note(self._library.texts(some))
             between()
         return known
 

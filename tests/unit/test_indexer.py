@@ -1,6 +1,7 @@
 """Indexing real folders, and caching with an engine that only takes notes."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -222,14 +223,14 @@ def test_progress_counts_up_to_all_files(folder: Folder) -> None:
 
 
 def test_new_chunks_are_told_file_by_file(folder: Folder) -> None:
-    told: list[frozenset[str]] = []
+    told: list[Mapping[str, str]] = []
 
     def index() -> list[frozenset[str]]:
         told.clear()
-        index_roots(
-            folder.library, [folder.root], len, "t", SETTINGS, lambda _: None, lambda new: told.append(frozenset(new))
-        )
-        return list(told)
+        index_roots(folder.library, [folder.root], len, "t", SETTINGS, lambda _: None, told.append)
+        texts = {chunk.id: chunk.text for chunk in folder.library.all_chunks()}
+        assert all(texts[chunk] == text for new in told for chunk, text in new.items())
+        return [frozenset(new) for new in told]
 
     folder.write("a.md", prose(1))
     folder.write("b.md", prose(2))

@@ -168,7 +168,7 @@ def test_an_address_is_found_once(place: Place) -> None:
 
 def test_addresses_noted_while_files_are_read_are_not_found_again(place: Place) -> None:
     place.add("/d/a.md", *names("a", 3))
-    noted = place.shelf.note(place.library.tokens())
+    noted = place.shelf.note({chunk.id: chunk.text for chunk in place.library.all_chunks()})
     assert noted == {chunk.id: address(chunk.text) for chunk in place.library.all_chunks()}
     place.shelf.refresh()
     assert place.engine.addressed == 3
