@@ -41,6 +41,9 @@ class PlainLlama:
     def __init__(self, model_file: Path, context_tokens: int, threads: int) -> None:
         from llama_cpp import Llama
 
+        from quire_engine.runtimes.llama_amx import avoid_amx
+
+        avoid_amx()
         self._llama = Llama(
             str(model_file), n_ctx=context_tokens, n_threads=threads, n_threads_batch=threads, verbose=False
         )

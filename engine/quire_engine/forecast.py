@@ -6,6 +6,7 @@ Pure arithmetic over token counts and measured costs. Knows nothing of how the w
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from quire_engine import plan
 from quire_engine.costs import DISK, MEMORY, Costs, Spans
 from quire_engine.types import Forecast
 
@@ -49,9 +50,8 @@ class Work:
         return {**self.pools, DISK: self.pools.get(DISK, 0) + sum(self.missing)}
 
     def again(self, ratio: float, tile: int) -> Spans:
-        """As selectors choose: whole tiles."""
-        placed = self.passages - self.led
-        return Spans(min(round(ratio * placed / tile) * tile, placed), self.depth)
+        """As selectors choose them."""
+        return Spans(plan.budget(self.passages - self.led, ratio, tile), self.depth)
 
 
 def foresee(

@@ -6,6 +6,7 @@ The segmented token ids are the truth: the ids of the joined text would differ a
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import ceil
 
 import numpy as np
 import numpy.typing as npt
@@ -127,6 +128,14 @@ def stitch(prompt: Prompt, recompute: Sequence[Mask]) -> StitchPlan:
     """
     exact = np.zeros(prompt.starts[1] - prompt.stored_start, dtype=bool)
     return StitchPlan(prompt, spans_of(np.concatenate([exact, *recompute]), prompt.stored_start))
+
+
+def budget(tokens: int, ratio: float, tile: int) -> int:
+    """How many tokens to compute again: at least this share, in whole tiles, since the rest of one costs little.
+
+    tile: tokens that the runtime computes together.
+    """
+    return min(ceil(round(ratio * tokens / tile, 9)) * tile, tokens)
 
 
 def leading(read_ms: Sequence[float], compute_ms: Sequence[float]) -> int:

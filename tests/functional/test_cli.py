@@ -291,7 +291,7 @@ def test_a_selector_that_knows_nothing_of_the_prompt_keeps_to_the_ratio(home: Ho
     assert told["selector"] == selector
     assert told["tokens"]["reused"] > 0
     # whole tiles of 64, and the preamble is exact
-    assert abs(told["tokens"]["recomputed"] - 0.3 * told["tokens"]["context"]) <= 48
+    assert -20 <= told["tokens"]["recomputed"] - 0.3 * told["tokens"]["context"] < 64
     assert told["timings"]["probe_ms"] == 0
 
 

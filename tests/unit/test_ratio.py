@@ -214,6 +214,8 @@ def test_comparing_values_takes_its_share_of_a_prefill() -> None:
 
 
 def test_whole_tiles_are_computed_as_selectors_choose_them() -> None:
-    assert WORK.again(0.16, tile=64).tokens == 128
-    assert WORK.again(0.02, tile=64).tokens == 0
+    assert WORK.again(0.16, tile=64).tokens == 192
+    assert WORK.again(0.128, tile=64).tokens == 128
+    assert WORK.again(0.02, tile=64).tokens == 64
+    assert WORK.again(0.0, tile=64).tokens == 0
     assert WORK.again(0.999, tile=64).tokens == 1000

@@ -116,13 +116,14 @@ def test_random_is_the_same_every_time() -> None:
 def test_a_question_spends_one_budget_over_all_chunks(tokens: list[int], ratio: float) -> None:
     masks = choose(parse("default"), chunks_of(tokens), ratio)
     assert [len(mask) for mask in masks] == tokens
-    assert sum(int(mask.sum()) for mask in masks) == round(ratio * sum(tokens))
+    assert -1e-6 < sum(int(mask.sum()) for mask in masks) - ratio * sum(tokens) < 1
 
 
 @given(lengths, st.floats(0.0, 0.99), st.sampled_from(["default", "first", "spectral"]))
-def test_the_budget_is_whole_tiles(tokens: list[int], ratio: float, name: str) -> None:
+def test_the_budget_is_whole_tiles_and_never_less_than_asked(tokens: list[int], ratio: float, name: str) -> None:
     chosen = sum(int(mask.sum()) for mask in choose(parse(name), chunks_of(tokens), ratio, tile=64))
-    assert chosen == min(round(ratio * sum(tokens) / 64) * 64, sum(tokens))
+    assert chosen % 64 == 0 or chosen == sum(tokens)
+    assert -1e-6 < chosen - ratio * sum(tokens) < 64
 
 
 @given(lengths, ratios, st.sampled_from(["sensitivity", "spectral", "first", "random", "sensitivity*spectral"]))

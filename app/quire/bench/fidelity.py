@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 from statistics import mean, median
 
@@ -172,7 +173,7 @@ def measure(
 
 def _floor_batch(tokens: float) -> int:
     """In whole steps, so that a few questions more do not make it another measurement."""
-    return max(1, round(tokens / _FLOOR_STEP)) * _FLOOR_STEP
+    return max(1, ceil(tokens / _FLOOR_STEP)) * _FLOOR_STEP
 
 
 class _Work:

@@ -19,6 +19,7 @@ from llama_cpp._ggml import libggml
 
 from quire_engine.errors import Aborted, ModelError, QuireError
 from quire_engine.runtimes import llama_state
+from quire_engine.runtimes.llama_amx import avoid_amx
 from quire_engine.types import Float16, Float32
 
 BATCH_TOKENS = 1024  # twice llama.cpp's default: 8 % faster here, docs/decisions/llama_cpp_spans.md
@@ -72,6 +73,7 @@ class LlamaModel:
     def __init__(self, path: Path, vocabulary_only: bool = False) -> None:
         c.llama_log_set(_no_log, ctypes.c_void_p(0))
         c.llama_backend_init()
+        avoid_amx()
         parameters = c.llama_model_default_params()
         parameters.vocab_only = vocabulary_only
         if not vocabulary_only:

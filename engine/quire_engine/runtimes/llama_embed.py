@@ -12,6 +12,7 @@ import numpy as np
 
 from quire_engine import gguf, processes
 from quire_engine.errors import ModelError
+from quire_engine.runtimes.llama_amx import avoid_amx
 from quire_engine.types import Float32
 
 _MOST_TOKENS = 512  # of a text; what follows does not count
@@ -32,6 +33,7 @@ class LlamaEmbedder:
         self.name = model.name
         self.id = gguf.fingerprint(model).hex()[:16]
         cores = threads or processes.cores()
+        avoid_amx()
         try:
             self._model = llama_cpp.Llama(
                 str(model_file),

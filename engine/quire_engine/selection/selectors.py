@@ -14,6 +14,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from quire_engine import plan
 from quire_engine.errors import QuireError
 from quire_engine.plan import Mask
 from quire_engine.selection import spectral
@@ -159,16 +160,16 @@ def _factor(name: str) -> str:
 
 
 def choose(selector: Selector, chunks: Sequence[Evidence], ratio: float, tile: int = 1) -> list[Mask]:
-    """One mask per chunk of the tokens to recompute, `ratio` of all of them.
+    """One mask per chunk of the tokens to recompute, `ratio` of all of them or a little more: whole tiles.
 
-    tile: tokens that the runtime computes together; the budget is rounded to whole tiles, since it pays for them.
+    tile: tokens that the runtime computes together.
     """
     ends = list(accumulate(chunk.tokens for chunk in chunks))
     total = ends[-1] if ends else 0
     chosen, left = np.zeros(total, dtype=bool), np.ones(total, dtype=bool)
     if ratio < 1 and selector.knows_prompt:
         left = np.repeat([not chunk.intact for chunk in chunks], [chunk.tokens for chunk in chunks])
-    budget = min(round(ratio * total / tile) * tile, total) if ratio < 1 else total
+    budget = plan.budget(total, ratio, tile)
     shares = accumulate(rule.shares for rule in selector.rules)
     all_shares = sum(rule.shares for rule in selector.rules)
     for rule, until_here in zip(selector.rules, shares, strict=True):
