@@ -54,6 +54,11 @@ class Estimate:
     first_token_ms: float
     too_long: bool = False
 
+    @property
+    def warns(self) -> bool:
+        """Whether a person should look before asking."""
+        return self.too_long
+
 
 class NothingFound(QuireError):
     """No passage fits the question's words."""

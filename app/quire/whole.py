@@ -54,6 +54,11 @@ class Plan:
     least_ms: float
     leaves: str = ""
 
+    @property
+    def warns(self) -> bool:
+        """Whether a person should look before asking."""
+        return bool(self.leaves)
+
 
 @dataclass(frozen=True)
 class Part:

@@ -96,18 +96,19 @@ class InPlace:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """Full prefill by any reader, the context in batches of so many tokens; 0: all at once."""
+    """Full prefill by any reader: the context at once, or passage by passage, in the batches that storing reads. Both
+    are exact, and differ by what batches make of rounding."""
 
     reader: Reader
-    batch_tokens: int = 0
+    by_passage: bool = False
 
     def read(self, trial: "Trial") -> tuple[Float32, Reader]:
         self.reader.rewind(0)
-        tokens = trial.prompt.tokens[: trial.prompt.context_tokens]
-        size = self.batch_tokens or len(tokens)
-        for start in range(0, len(tokens), size):
-            self.reader.extend(tokens[start : start + size])
-        return self.reader.extend(trial.prompt.question.tokens), self.reader
+        prompt = trial.prompt
+        pieces = [segment.tokens for segment in (prompt.opening, *prompt.chunks) if segment.tokens]
+        for tokens in pieces if self.by_passage else [prompt.tokens[: prompt.context_tokens]]:
+            self.reader.extend(tokens)
+        return self.reader.extend(prompt.question.tokens), self.reader
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def test_exact_numbers_and_other_batches_stay_at_the_floor(tiny: Tiny, tmp_path:
     engine = opened(base if kind == "base" else tiny(kind), tmp_path)
     prompt = engine.prompt(Request(QUESTION, PASSAGES))
     with Trial(engine.runtime, prompt, tmp_path) as trial:
-        floor = trial.measure(Prefilled(engine.runtime, 32))
+        floor = trial.measure(Prefilled(engine.runtime, by_passage=True))
         exact = trial.measure(InPlace(uniform(engine, 16)))
         again = trial.measure(Reused(uniform(engine, 16), 1.0))
     for found in (floor, exact, again):

@@ -15,10 +15,10 @@ from driving import PATIENCE_S, on_a_screen, running, shown, until
 from quire import config
 from quire.conversation import open_history
 from quire.session import Session
-from quire.tui.prompt import weight
+from quire.tui.prompt import ALL, weight
 from quire.tui.sources import Preview, Sources
 from quire.tui.widgets import Answer
-from quire.whole import Plan, WholeFolder
+from quire.whole import COMMAND, Plan, WholeFolder
 
 QUESTION = "Who kept the light?"
 NAMES = ("ann", "bob", "cid")
@@ -117,6 +117,11 @@ async def test_the_command_alone_waits_for_its_question(filled: Open) -> None:
         app.chat.action_ask_all()
         assert app.chat.prompt.text == "/all Who?"
         assert not app.chat.query(Answer)
+
+
+def test_both_know_one_command() -> None:
+    """The screen that is painted first does not load what answers, so each has the word."""
+    assert ALL == COMMAND
 
 
 def test_the_words_of_the_weight() -> None:

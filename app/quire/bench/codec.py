@@ -51,12 +51,10 @@ class CodecRow:
 
 @dataclass(frozen=True)
 class CodecReport:
-    """floor: full prefill against itself, its context in batches of floor_batch tokens, as many as a stitched prompt
-    computes at once.  context_tokens, passage_tokens: means."""
+    """floor: full prefill against itself, passage by passage.  context_tokens, passage_tokens: means."""
 
     rows: tuple[CodecRow, ...]
     floor: Fidelity
-    floor_batch: int
     model: str
     questions: int
     answer_tokens: int
@@ -85,8 +83,7 @@ def codec(
         ours = {name: plan_of(name, engine) for name in dict.fromkeys((_BASELINE, *names)) if name not in KV_TYPES}
         prompts = [prompt_of(engine, case) for case in make_cases(engine)]
         try_out(engine, should_stop)
-        batch = max(1, round(ratio * mean(prompt.context_tokens for prompt in prompts)))
-        variants: dict[str, Variant] = {_FLOOR: Prefilled(engine.runtime, batch)}
+        variants: dict[str, Variant] = {_FLOOR: Prefilled(engine.runtime, by_passage=True)}
         for name, plan in ours.items():
             variants |= {name: Reused(plan, ratio, selector.name), _in_place(name): InPlace(plan)}
         room = max(len(prompt.tokens) for prompt in prompts) + 2 * fidelity.ANSWER_TOKENS
@@ -99,7 +96,6 @@ def codec(
         return CodecReport(
             tuple(tally.rows()),
             divergence.fidelity(tally.found[_FLOOR]),
-            batch,
             engine.model_name,
             len(tally.prompts),
             fidelity.ANSWER_TOKENS,
@@ -183,8 +179,8 @@ def table(report: CodecReport) -> list[str]:
     lines = [
         f"{r.model}: {r.questions} questions over {r.context_tokens:.0f} tokens of context in passages of "
         f"{r.passage_tokens:.0f}, {r.answer_tokens} tokens of answer",
-        f"Reuse: ratio {r.ratio:g}, selector {r.selector}. All against full prefill; its own noise (batches of "
-        f"{r.floor_batch}): KL {floor.kl:.4f}, 99 % {floor.kl_p99:.4f}, top-1 {floor.top1:.3f}",
+        f"Reuse: ratio {r.ratio:g}, selector {r.selector}. All against full prefill; its own noise (passage "
+        f"by passage): KL {floor.kl:.4f}, 99 % {floor.kl_p99:.4f}, top-1 {floor.top1:.3f}",
         "",
         f"{'':<15}{'bits per':>9}  {'reused':<64}in place",
         f"{'plan':<15}{'value':>9}  KL      first   99 %    top-1  {'added to fp16 (95 %)':<33}KL      top-1",

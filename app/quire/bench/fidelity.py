@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import ceil
 from pathlib import Path
 from statistics import mean, median
 
@@ -29,7 +28,6 @@ from quire_engine.selection.quality import Curve
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
 _ANSWER_TOKENS = 48
-_FLOOR_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -91,14 +89,12 @@ class FidelityRow:
 
 @dataclass(frozen=True)
 class FidelityReport:
-    """exact, floor: full prefill, and once more in batches of floor_batch tokens, as few as a stitched prompt computes
-    at once. rules: what each selector's name stands for.  answer_tokens: of free answers, none if 0.
-    context_tokens: mean."""
+    """exact, floor: full prefill, and once more passage by passage, in the batches that storing reads.
+    rules: what each selector's name stands for.  answer_tokens: of free answers, none if 0.  context_tokens: mean."""
 
     rows: tuple[FidelityRow, ...]
     exact: FidelityRow
     floor: FidelityRow
-    floor_batch: int
     baseline: str
     rules: Mapping[str, str]
     model: str
@@ -137,10 +133,9 @@ def measure(
         plans = {way: plan_of(way.plan, engine) for way in wanted.ways}
         cases = make_cases(engine)
         prompts = [prompt_of(engine, case) for case in cases]
-        batch = _floor_batch(min(way.ratio for way in wanted.ways) * mean(prompt.context_tokens for prompt in prompts))
         variants: dict[Way, Prefilled | Reused] = {
             EXACT: Prefilled(engine.runtime),
-            FLOOR: Prefilled(engine.runtime, batch),
+            FLOOR: Prefilled(engine.runtime, by_passage=True),
         }
         variants |= {way: Reused(plan, way.ratio, rules[way.selector]) for way, plan in plans.items()}
         try_out(engine, should_stop)
@@ -159,7 +154,6 @@ def measure(
             tuple(map(summed.row, wanted.ways)),
             summed.row(EXACT),
             summed.row(FLOOR),
-            batch,
             wanted.baseline,
             rules,
             engine.model_name,
@@ -169,11 +163,6 @@ def measure(
             _ANSWER_TOKENS * wanted.answers,
             mean(prompt.context_tokens for _, prompt, _ in done),
         )
-
-
-def _floor_batch(tokens: float) -> int:
-    """In whole steps, so that a few questions more do not make it another measurement."""
-    return max(1, ceil(tokens / _FLOOR_STEP)) * _FLOOR_STEP
 
 
 class _Work:
@@ -262,7 +251,7 @@ def _name(way: Way, variant: Prefilled | Reused) -> str:
     """Names everything that its results depend on."""
     if isinstance(variant, Reused):
         return f"{variant.selector} {way.ratio:g} {hashlib.sha256(repr(variant.plan).encode()).hexdigest()[:16]}"
-    return f"{way.plan} {variant.batch_tokens}"
+    return f"{way.plan} by passage" if variant.by_passage else way.plan
 
 
 class _Kept:
@@ -368,7 +357,7 @@ def table(report: FidelityReport) -> list[str]:
     lines = [
         f"{r.model}, {r.runtime}: {r.questions} questions over {r.context_tokens:.0f} tokens of context",
         f"KL and top-1 along {r.forced_tokens} tokens of full prefill's answer, with 95 % intervals",
-        f"exact: full prefill; floor: the same in batches of {r.floor_batch}",
+        "exact: full prefill; floor: the same passage by passage",
     ]
     if r.answer_tokens:
         lines.append(f"gold, F1, same (as exact's, word for word): of free answers of {r.answer_tokens} tokens")

@@ -279,8 +279,7 @@ class PromptBox(Vertical):
         """What the text would take, unless it is not the text any more."""
         if text == self.prompt.text.strip():
             self._weight.update(weight(estimate))
-            alarming = getattr(estimate, "too_long", False) or getattr(estimate, "leaves", "")
-            self._weight.set_class(bool(alarming), "warning")
+            self._weight.set_class(estimate.warns, "warning")
             self._weight.display = True
 
     @on(TextArea.Changed)
