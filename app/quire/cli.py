@@ -156,7 +156,7 @@ def status(model: str | None, as_json: bool) -> None:
 @main.command()
 @click.argument("question")
 @question_options(
-    ("fast", "balanced", "exact"), "How near to full prefill: fast aims at KL 0.05, balanced at 0.02, exact is it."
+    ("fast", "balanced", "exact"), "How near to full prefill: fast aims at KL 0.05, balanced at 0.009, exact is it."
 )
 @click.option("--all", "whole", is_flag=True, help="Read every passage, not only what is found: slow, but complete.")
 def ask(question: str, within: Path | None, as_json: bool, whole: bool, **settings: Any) -> None:

@@ -67,7 +67,7 @@ class Settings:
         "GGUF file to use; empty: the bundled one",
     ] = BUNDLED
     dial: Annotated[
-        Dial, Choice(("fast", "balanced", "exact")), "how near to full prefill: KL 0.05, KL 0.02, or all of it"
+        Dial, Choice(("fast", "balanced", "exact")), "how near to full prefill: KL 0.05, KL 0.009, or all of it"
     ] = "balanced"
     ratio: Annotated[
         float | FromDial,
