@@ -203,7 +203,7 @@ def test_what_is_cached_is_reused_by_the_next_process(
     assert told.forecast.missing_tokens == 0
     assert tokens.fresh == len(second._writer.question(request.question))
     passages = tokens.context - len(second._writer.preamble)
-    assert abs(tokens.recomputed - 0.3 * passages) <= 16
+    assert 0 <= tokens.recomputed - 0.3 * passages < second.runtime.tile_tokens
     assert tokens.reused == tokens.context - tokens.recomputed > 0
     assert tokens.generated == 12
     check_counts(second, told, request)
@@ -297,7 +297,7 @@ def test_ratio_1_is_full_prefill(engine: Engine, tiny: Tiny, tmp_path: Path) -> 
 
 
 def test_full_prefill_is_chosen_when_it_is_as_fast_unless_insisted(engine: Engine) -> None:
-    request = dataclasses.replace(question(ratio=0.9, passages=PASSAGES[:1]), insist=False)
+    request = dataclasses.replace(question(ratio=0.9, passages=PASSAGES[:2]), insist=False)
     forecast = engine.forecast(request)
     assert forecast.ratio == 1.0
     assert re.fullmatch(r"Full prefill is predicted to be as fast \(\d+ ms against \d+ ms\)\.", forecast.reason)
