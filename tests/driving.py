@@ -55,7 +55,7 @@ async def until(app: QuireApp, pilot: Pilot[None], true: Callable[[], Any], pati
     end = time.monotonic() + patience_s
     while not true():
         assert time.monotonic() < end, shown(app)
-        await pilot.pause(0.02)
+        await asyncio.sleep(0.02)  # pilot.pause waits half a minute for a widget that leaves meanwhile
 
 
 def press_at_once(app: QuireApp, *keys: str) -> None:
