@@ -12,8 +12,8 @@ import llama_cpp.llama_cpp as c
 _NAMED = b"AMX_INT8 = 1"
 
 
-def parameters_without(usual: c.llama_model_params) -> c.llama_model_params:
-    """How a model is loaded so that its weights stay as they are in the file."""
+def _as_in_the_file(usual: c.llama_model_params) -> c.llama_model_params:
+    """Weights stay as they are there."""
     usual.use_extra_bufts = False
     return usual
 
@@ -23,4 +23,4 @@ def avoid_amx() -> None:
     """From now on every model is loaded so, also by llama-cpp-python itself, if llama.cpp means to use AMX here."""
     usual = c.llama_model_default_params
     if _NAMED in c.llama_print_system_info():
-        c.llama_model_default_params = lambda: parameters_without(usual())
+        c.llama_model_default_params = lambda: _as_in_the_file(usual())
