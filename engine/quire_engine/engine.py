@@ -292,7 +292,9 @@ class Engine:
             told = self._server.complete(asked, most, request.sampling.temperature, should_stop)
             yield from remote.answer(told, foreseen, line.tokens)
             return
-        again = 0 if foreseen.ratio >= 1 else int(foreseen.ratio * foreseen.context_tokens) + SCRATCH_TOKENS
+        again = 0
+        if foreseen.ratio < 1:
+            again = plan.budget(foreseen.context_tokens, foreseen.ratio, self.runtime.tile_tokens) + SCRATCH_TOKENS
         self.runtime.reserve(line.tokens + again + request.max_tokens)
         clock = Clock()
         try:

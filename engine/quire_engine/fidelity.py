@@ -104,9 +104,10 @@ class Prefilled:
 
     def read(self, trial: "Trial") -> tuple[Float32, Reader]:
         self.reader.rewind(0)
-        prompt = trial.prompt
-        pieces = [segment.tokens for segment in (prompt.opening, *prompt.chunks) if segment.tokens]
-        for tokens in pieces if self.by_passage else [prompt.tokens[: prompt.context_tokens]]:
+        prompt, pieces = trial.prompt, [trial.prompt.tokens[: trial.prompt.context_tokens]]
+        if self.by_passage:
+            pieces = [segment.tokens for segment in (prompt.opening, *prompt.chunks) if segment.tokens]
+        for tokens in pieces:
             self.reader.extend(tokens)
         return self.reader.extend(prompt.question.tokens), self.reader
 

@@ -41,8 +41,8 @@ def test_rows_are_those_that_were_promised(tiny: Tiny, musique: Path) -> None:
         assert 0 <= row["f1"] <= 1
     assert report["exact"]["like_exact"] == report["exact"]["speedup"] == 1
     assert max(report["exact"]["kl"], report["floor"]["kl"]) < 1e-3
-    rounded = [row["kl"] for (_, ratio, plan), row in rows.items() if (ratio, plan) == (0.2, "k2v2")]
-    assert min(rounded) > report["floor"]["kl"]
+    partly = [row["kl"] for (_, ratio, _), row in rows.items() if ratio == 0.2]  # .6 is whole tiles: nearly everything
+    assert min(partly) > report["floor"]["kl"]
     assert rows["default", 0.6, "fp16"]["kl"] < rows["default", 0.2, "k2v2"]["kl"]
     for (selector, ratio, plan), row in rows.items():
         assert row["vs_baseline"] == pytest.approx(row["kl"] / rows["spectral:.3", ratio, plan]["kl"])
