@@ -11,7 +11,7 @@ import subprocess
 import termios
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,15 @@ def shown(app: QuireApp) -> str:
 
 
 async def until(app: QuireApp, pilot: Pilot[None], true: Callable[[], Any], patience_s: float = PATIENCE_S) -> None:
+    """Waits until something is true, and what the screen has been told by then is drawn."""
     end = time.monotonic() + patience_s
     while not true():
         assert time.monotonic() < end, shown(app)
         await asyncio.sleep(0.02)  # pilot.pause waits half a minute for a widget that leaves meanwhile
+    drawn = asyncio.Event()
+    if app.is_running and app.screen.call_after_refresh(drawn.set):
+        with suppress(TimeoutError):  # a screen that leaves draws nothing
+            await asyncio.wait_for(drawn.wait(), 0.5)
 
 
 def press_at_once(app: QuireApp, *keys: str) -> None:
