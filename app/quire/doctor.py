@@ -106,6 +106,7 @@ class _Doctor:
         self._stack = stack
         self._settings = Settings()
         self._session: Session | None = None
+        self._reuses = False
 
     def checks(self) -> tuple[Callable[[], Finding], ...]:
         return (
@@ -119,6 +120,7 @@ class _Doctor:
             self.runtime,
             self.pytorch,
             self.kernels,
+            self.ratio,
             self.disk,
             self.space,
             self.cache,
@@ -178,6 +180,7 @@ class _Doctor:
         if self._settings.runtime == choose.OPENAI:
             return Finding("model", "ok", f"{found}; it counts tokens, a server answers", numbers=numbers)
         off = gguf.why_not_stitchable(header) or (self._session.engine.known_reuse_off if self._session else "")
+        self._reuses = not off
         if not models.fits(size_bytes):
             found = f"{found}; too large for {size(models.memory_bytes())} of memory with other programs beside it"
             return Finding("model", "warn", found, "Choose a smaller one: quire models recommend", numbers)
@@ -233,6 +236,19 @@ class _Doctor:
             return Finding("kernels", "ok", found)
         remedy = "Answers are slower than they need be. Triton needs a C compiler and a driver of this year or last."
         return Finding("kernels", "warn", found, remedy)
+
+    def ratio(self) -> Finding:
+        """How much of a question's passages is computed again, and whether what was measured of it still holds."""
+        if not (self._session and self._reuses):
+            return Finding("ratio", "ok", "nothing is reused")
+        asked, (fastest, outdated) = self._session.ratio, self._session.engine.fastest_ratios
+        found = f"{asked:.0%} of a question's passages are computed again"
+        measured = ", ".join(f"{ratio:.0%} from {pool}" for pool, ratio in fastest.items() if ratio > asked)
+        numbers = {"ratio": asked, **{f"fastest_from_{pool}": ratio for pool, ratio in fastest.items()}}
+        if outdated:
+            found += f"; since the fastest from {' and '.join(outdated)} was measured, this machine has changed"
+            return Finding("ratio", "warn", found, "Measure it again: quire bench ratio", numbers)
+        return Finding("ratio", "ok", f"{found}; {measured} is faster" if measured else found, numbers=numbers)
 
     def disk(self) -> Finding:
         directory = paths.cache_dir()

@@ -219,11 +219,12 @@ class Session:
         share, standing = self.settings.memory_gb, {passage for exchange in history for passage in exchange.passages}
         # Settings may change while a session is open.
         self.engine.memory.limit_bytes = pools.usual_bytes() if isinstance(share, FromMachine) else int(share * 1e9)
-        if self._ratio < 1:
+        if self.ratio < 1:
             self.engine.prefetch([passage for passage in passages if passage not in standing])
 
     @property
-    def _ratio(self) -> float:
+    def ratio(self) -> float:
+        """The share of a question's passages that the settings ask to compute again."""
         s = self.settings
         return self.engine.ratio(s.dial, s.selector) if isinstance(s.ratio, FromDial) else s.ratio
 
@@ -267,7 +268,7 @@ class Session:
         """Whether its stored KV would spare something; False while no model is open, so that searching needs none."""
         if self._engine is None or self._engine.known_reuse_off:
             return False
-        return self._ratio < 1 and self._engine.is_cached(passage)
+        return self.ratio < 1 and self._engine.is_cached(passage)
 
     def read(self, question: str) -> Mentions:
         """The question as the model gets it, and the places that it names."""
@@ -292,7 +293,7 @@ class Session:
         return Request(
             question=question,
             passages=tuple(hit.text for hit in sources),
-            ratio=self._ratio,
+            ratio=self.ratio,
             selector=s.selector,
             max_tokens=s.max_tokens,
             sampling=Sampling(s.temperature),

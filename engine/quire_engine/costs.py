@@ -18,6 +18,7 @@ SMALL_TOKENS = 64
 """So many tokens are computed in one tile; fewer cost more each, since every one of them reads all keys by itself."""
 
 _WEIGHT_OF_NEWEST = 0.4
+_USUAL_CONTEXT = 1000
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,10 @@ class Costs:
         """Per token, uncorrected. Of a pool that was never measured: as from disk."""
         return self.load_ms.get(pool, self.load_ms[DISK])
 
-    def transfers(self, context: int) -> dict[str, float]:
-        """Pool -> what placing a token of such a context takes, in units of computing one again."""
-        steps = {pool: self.stitched({pool: context}, 0, Spans(context), probe=False) for pool in self.load_ms}
+    def transfers(self) -> dict[str, float]:
+        """Pool -> what placing a token of a usual context takes, in units of computing one again."""
+        again = Spans(_USUAL_CONTEXT)
+        steps = {pool: self.stitched({pool: again.tokens}, 0, again, probe=False) for pool in self.load_ms}
         return {pool: of_pool[f"load/{pool}"] / of_pool["recompute"] for pool, of_pool in steps.items()}
 
     def learn(self, expected: Mapping[str, float], measured: Mapping[str, float]) -> "Costs":

@@ -37,7 +37,6 @@ from quire_engine.turns import Turns
 from quire_engine.types import Answered, BitPlan, Event, Exchange, Float32, Forecast, Limits, Text, Timings, TokenCounts
 
 _TURNS_BITS = 8  # of a conversation, whose KV nothing computes again
-_USUAL_CONTEXT = 1000  # for which costs are compared
 
 
 def never() -> bool:
@@ -203,6 +202,13 @@ class Engine:
     def ratio(self, dial: str, selector: str = "default") -> float:
         """The share to recompute that a position of the dial asks of this model: `Request.ratio`."""
         return quality.ratio(dial, self._curves, selectors.parse(selector).name)
+
+    @property
+    def fastest_ratios(self) -> tuple[dict[str, float], list[str]]:
+        """Pool -> the ratio that was measured to be the fastest; and pools where what was measured no longer holds."""
+        known = self.known_costs
+        transfers = known.transfers() if known else {}
+        return self.ratios.fastest(transfers), self.ratios.outdated(transfers)
 
     def keep_curve(self, curve: Curve) -> None:
         """From the next opening on, the dial takes for this model and runtime what was measured of a selector."""
@@ -397,7 +403,7 @@ class Engine:
         lead = self._lead(prompt) if request.ratio < 1 and not selector.compares_values else 0
         work = self._layout.work(line, prompt, selector, lead, self._stores_turns(request))
         known = self.costs
-        tuned = self.ratios.fastest(known.transfers(_USUAL_CONTEXT)) if known else {}
+        tuned = self.ratios.fastest(known.transfers()) if known else {}
         return forecast.foresee(work, known, request.ratio, self.reuse_off, request.insist, tuned)
 
     def _learn(self, expected: dict[str, float], prefill: Prefill) -> None:

@@ -11,8 +11,10 @@ import pytest
 from command_line import run
 from quire import config, doctor, paths
 from quire.doctor import Finding
+from quire.session import Session
 from quire.watcher import network_mount
 from quire_engine.kv.catalogue import Catalogue
+from quire_engine.selection.ratio import Tuned
 from tiny_gguf import write_tiny_gguf
 
 NAMES = [
@@ -26,6 +28,7 @@ NAMES = [
     "runtime",
     "pytorch",
     "kernels",
+    "ratio",
     "disk",
     "space",
     "cache",
@@ -134,6 +137,20 @@ def test_a_model_that_is_not_stitched(monkeypatch: pytest.MonkeyPatch, tmp_path:
     [warned] = only("warn")
     assert (warned.check, "gemma" in warned.found) == ("model", True)
     assert "quire models recommend" in warned.remedy
+
+
+def test_how_much_is_computed_again() -> None:
+    assert findings()["ratio"].found == "50% of a question's passages are computed again"
+    with Session(config.load({})) as session:
+        assert session.engine.costs is not None
+        transfer = session.engine.costs.transfers()["disk"]
+        session.engine.ratios.keep("disk", Tuned(0.6, 0.6, transfer))
+        assert "60% from disk is faster" in findings()["ratio"].found
+        session.engine.ratios.keep("disk", Tuned(0.6, 0.6, 2 * transfer))
+    [warned] = only("warn")
+    assert (warned.check, warned.remedy) == ("ratio", "Measure it again: quire bench ratio")
+    config.save({"dial": "exact"})
+    assert findings()["ratio"].numbers["ratio"] == 1
 
 
 def test_a_folder_that_went_away(notes: Path, tmp_path: Path) -> None:

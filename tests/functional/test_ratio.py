@@ -56,7 +56,7 @@ def foreseen(engine: Engine, insist: bool = False) -> Forecast:
 
 def test_the_ratio_that_was_found_is_taken_while_it_holds(engine: Engine) -> None:
     assert engine.costs is not None
-    transfers = engine.costs.transfers(1000)
+    transfers = engine.costs.transfers()
     assert foreseen(engine).ratio == 0.2
     engine.ratios.keep("memory", Tuned(0.6, 0.6, transfers["memory"]))
     assert foreseen(engine).ratio == 0.2, "they lie on disk"
@@ -73,7 +73,7 @@ def test_the_ratio_that_was_found_is_taken_while_it_holds(engine: Engine) -> Non
 
 def test_the_pool_is_where_passages_lie(engine: Engine) -> None:
     assert engine.costs is not None
-    engine.ratios.keep("memory", Tuned(0.6, 0.6, engine.costs.transfers(1000)["memory"]))
+    engine.ratios.keep("memory", Tuned(0.6, 0.6, engine.costs.transfers()["memory"]))
     on_disk = foreseen(engine, insist=True).first_token_ms
     engine.memory.limit_bytes = 100_000_000
     engine.prefetch(PASSAGES)

@@ -63,13 +63,13 @@ def test_noisy_measurements_give_no_negative_rates() -> None:
 
 def test_transfer_is_told_in_units_of_computing_and_learns_with_it() -> None:
     compute = 1000 * (2.5 + 0.5) + 100
-    assert RATES.transfers(1000) == pytest.approx({"memory": 10 / compute, "disk": 200 / compute})
+    assert RATES.transfers() == pytest.approx({"memory": 10 / compute, "disk": 200 / compute})
     expected = RATES.stitched({"disk": 1000}, 50, Spans(100), probe=False)
     known = RATES.learn(expected, {"load": 4 * expected["load/disk"], "recompute": expected["recompute"]})
-    assert known.transfers(1000)["disk"] > 1.5 * RATES.transfers(1000)["disk"]
-    assert known.transfers(1000)["memory"] < RATES.transfers(1000)["disk"]
+    assert known.transfers()["disk"] > 1.5 * RATES.transfers()["disk"]
+    assert known.transfers()["memory"] < RATES.transfers()["disk"]
     slow = RATES.learn(expected, {"load": 3 * expected["load/disk"], "recompute": 3 * expected["recompute"]})
-    assert slow.transfers(1000) == pytest.approx(RATES.transfers(1000)), "a busy machine is slow at both"
+    assert slow.transfers() == pytest.approx(RATES.transfers()), "a busy machine is slow at both"
 
 
 def test_what_a_step_took_is_divided_among_its_parts() -> None:

@@ -89,6 +89,7 @@ def test_what_was_found_holds_until_costs_drift(tmp_path: Path) -> None:
     kept.keep("memory", Tuned(0.2, 0.16, transfer_per_compute=0.01))
     assert Ratios(path, "a machine, 2 threads").fastest({"disk": 1.2, "memory": 0.011}) == {"disk": 0.5, "memory": 0.2}
     assert kept.fastest({"disk": 2.0, "memory": 0.002, "tape": 1.0}) == {}, "to be measured again"
+    assert kept.outdated({"disk": 2.0, "memory": 0.011, "tape": 1.0}) == ["disk"]
     assert Ratios(path, "a machine, 4 threads").fastest({"disk": 1.0}) == {}
     path.write_text('{"a machine, 2 threads: disk": {"ratio": 1}}')
     assert kept.fastest({"disk": 1.0}) == {}

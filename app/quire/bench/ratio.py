@@ -20,7 +20,6 @@ from quire_engine.types import Answered
 
 _QUESTION = "What do the documents say about the time before the war?"
 _SWEEP = (0.24, 0.32, 0.48, 0.64, 0.8, 1.0)
-_USUAL_CONTEXT = 1000
 _ROUNDS = 3
 
 Say = Callable[[str], None]
@@ -73,7 +72,7 @@ def ratio(
             rows.append(row)
             if not speed:
                 known = session.engine.known_costs or engine.costs
-                transfers = known.transfers(_USUAL_CONTEXT) if known else {}
+                transfers = known.transfers() if known else {}
                 session.engine.ratios.keep(pool, Tuned(row.searched, row.prior, transfers[pool]))
     if not rows:
         raise stopped()

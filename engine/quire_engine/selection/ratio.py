@@ -99,6 +99,10 @@ class Ratios:
         found = {pool: self._load(pool) for pool in transfers}
         return {pool: one.ratio for pool, one in found.items() if one and one.holds(transfers[pool])}
 
+    def outdated(self, transfers: Mapping[str, float]) -> list[str]:
+        """Pools where something was found that does not hold any more."""
+        return [pool for pool, now in transfers.items() if (one := self._load(pool)) and not one.holds(now)]
+
     def keep(self, pool: str, tuned: Tuned) -> None:
         records.save(self._path, {**records.load(self._path), self._name(pool): asdict(tuned)})
 
