@@ -11,6 +11,7 @@ from quire import config
 from quire.bench import cases as bench_cases
 from quire.bench import codec as bench_codec
 from quire.bench import plans as bench_plans
+from quire.bench import timing
 from quire.bench.codec import CodecReport
 from quire.session import Session
 from quire_engine.errors import QuireError
@@ -136,6 +137,24 @@ def test_too_many_passages_for_the_model_are_explained(tiny: Tiny, musique: Path
     )
     assert result.exit_code == 1
     assert "--passage-tokens" in result.stderr
+
+
+def test_answers_are_looked_through_for_gold(tiny: Tiny, musique: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {1.0: ["Ann came.", "Nobody.", "Nobody."], 0.5: ["Ann came.", "It was Ann", "ANN!"]}
+    asked = {ratio: iter(texts) for ratio, texts in said.items()}
+    monkeypatch.setattr(timing, "_answer", lambda engine, case, ratio, selector: next(asked[ratio]))
+    words = ("bench", "answers", "--model", tiny("llama"), "--data", musique, "--ratio", "0.5")
+    exact, half = json_of(*words)["rows"]
+    assert [exact[name] for name in ("contained", "lost", "gained", "low", "high", "same_as_exact")] == [
+        1,
+        0,
+        0,
+        0,
+        0,
+        3,
+    ]
+    assert [half[name] for name in ("questions", "contained", "lost", "gained", "same_as_exact")] == [3, 3, 0, 2, 1]
+    assert (half["low"], half["high"]) == (0, 1)
 
 
 # What is measured on

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from quire.bench.cases import Case, contains, from_file, passages_of, scratch_engine, try_out
 from quire.session import Session
+from quire_engine import divergence
 from quire_engine.baselines import PlainLlama, prefix_only_ms
 from quire_engine.engine import Engine, Request, never
 from quire_engine.types import Answered, Exchange, Text
@@ -100,12 +101,17 @@ class _Ttft:
 
 @dataclass(frozen=True)
 class AnswersRow:
-    """How many gold answers one ratio's answers contain."""
+    """How many of one ratio's answers contain a gold answer. lost, gained: those where the exact answer does and this
+    one does not, and the other way round.  low, high: 95 % interval of (gained - lost) / questions, the bootstrap's."""
 
     ratio: float
     selector: str
     questions: int
     contained: int
+    lost: int
+    gained: int
+    low: float
+    high: float
     same_as_exact: int
 
 
@@ -125,16 +131,17 @@ def answers(
                 given[ratio].append(_answer(engine, case, ratio, selector))
             hits = [contains(texts[-1], case.gold) for texts in given.values()]
             say(f"{number}/{len(cases)}  {'  '.join('yes' if hit else 'no ' for hit in hits)}  {case.question}")
-    return [
-        AnswersRow(
-            ratio,
-            selector,
-            len(cases),
-            sum(contains(text, case.gold) for text, case in zip(texts, cases, strict=True)),
-            sum(text == exact for text, exact in zip(texts, given[1.0], strict=True)),
-        )
-        for ratio, texts in given.items()
-    ]
+    return [_answers_row(ratio, selector, cases, texts, given[1.0]) for ratio, texts in given.items()]
+
+
+def _answers_row(
+    ratio: float, selector: str, cases: Sequence[Case], texts: Sequence[str], exact: Sequence[str]
+) -> AnswersRow:
+    found, expected = ([contains(t, case.gold) for t, case in zip(of, cases, strict=True)] for of in (texts, exact))
+    changes = [int(now) - int(before) for now, before in zip(found, expected, strict=True)]
+    low, high = divergence.interval(changes)
+    lost, gained, same = changes.count(-1), changes.count(1), sum(map(str.__eq__, texts, exact))
+    return AnswersRow(ratio, selector, len(cases), sum(found), lost, gained, low, high, same)
 
 
 @dataclass(frozen=True)
@@ -248,7 +255,14 @@ def _timed(row: TtftRow | FollowupRow) -> str:
 
 
 def answers_table(rows: Sequence[AnswersRow]) -> list[str]:
-    lines = [f"{'ratio':>6}  {'selector':<20}{'questions':>10}{'contain gold':>14}{'same as exact':>15}"]
+    lines = [
+        f"{'ratio':>6}  {'selector':<20}{'questions':>10}{'contain gold':>14}{'lost':>6}{'gained':>8}"
+        f"{'more, points (95 %)':>23}{'same as exact':>15}"
+    ]
     for r in rows:
-        lines.append(f"{r.ratio:>6.2f}  {r.selector:<20}{r.questions:>10}{r.contained:>14}{r.same_as_exact:>15}")
+        more = f"{100 * (r.gained - r.lost) / r.questions:+.1f} ({100 * r.low:+.1f} {100 * r.high:+.1f})"
+        lines.append(
+            f"{r.ratio:>6.2f}  {r.selector:<20}{r.questions:>10}{r.contained:>14}{r.lost:>6}{r.gained:>8}"
+            f"{more:>23}{r.same_as_exact:>15}"
+        )
     return lines
