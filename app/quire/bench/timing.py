@@ -125,23 +125,21 @@ def answers(
     cases = from_file(data, questions, passages)
     selector = session.settings.selector
     given: dict[float, list[str]] = {ratio: [] for ratio in dict.fromkeys((1.0, *ratios))}
+    hits: dict[float, list[bool]] = {ratio: [] for ratio in given}
     with scratch_engine(session) as engine:
         for number, case in enumerate(cases, 1):
             for ratio in given:
                 given[ratio].append(_answer(engine, case, ratio, selector))
-            hits = [contains(texts[-1], case.gold) for texts in given.values()]
-            say(f"{number}/{len(cases)}  {'  '.join('yes' if hit else 'no ' for hit in hits)}  {case.question}")
-    return [_answers_row(ratio, selector, cases, texts, given[1.0]) for ratio, texts in given.items()]
-
-
-def _answers_row(
-    ratio: float, selector: str, cases: Sequence[Case], texts: Sequence[str], exact: Sequence[str]
-) -> AnswersRow:
-    found, expected = ([contains(t, case.gold) for t, case in zip(of, cases, strict=True)] for of in (texts, exact))
-    changes = [int(now) - int(before) for now, before in zip(found, expected, strict=True)]
-    low, high = divergence.interval(changes)
-    lost, gained, same = changes.count(-1), changes.count(1), sum(map(str.__eq__, texts, exact))
-    return AnswersRow(ratio, selector, len(cases), sum(found), lost, gained, low, high, same)
+                hits[ratio].append(contains(given[ratio][-1], case.gold))
+            found = "  ".join("yes" if of_ratio[-1] else "no " for of_ratio in hits.values())
+            say(f"{number}/{len(cases)}  {found}  {case.question}")
+    rows = []
+    for ratio, texts in given.items():
+        changes = [int(now) - int(before) for now, before in zip(hits[ratio], hits[1.0], strict=True)]
+        low, high = divergence.interval(changes)
+        lost, gained, same = changes.count(-1), changes.count(1), sum(map(str.__eq__, texts, given[1.0]))
+        rows.append(AnswersRow(ratio, selector, len(cases), sum(hits[ratio]), lost, gained, low, high, same))
+    return rows
 
 
 @dataclass(frozen=True)
